@@ -1,0 +1,165 @@
+"""A LoRA adapter as a value: its shape, its factors by layer, its file.
+
+The file format is PEFT's (``adapter_config.json`` and ``adapter_model.safetensors``), so that any
+PEFT user can load what Wardround writes. PEFT computes W = W0 + scale * B A with
+scale = alpha / rank; factors are kept here exactly as PEFT stores them and the scale beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapters.lowrank import LowRank, stack
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Rank, alpha and target modules of an adapter; the factor scale is alpha / rank."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """Factor by which B A is multiplied before it is added to the base weight."""
+        return self.alpha / self.rank
+
+    def peft_config(self, base_model: str = "") -> LoraConfig:
+        """The equivalent PEFT configuration for a causal language model."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides, a float is right
+            target_modules=list(self.targets),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_model,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Factors of every adapted layer, by module path in the base model, unscaled as in PEFT."""
+
+    spec: AdapterSpec
+    layers: Mapping[str, LowRank]
+
+    def deltas(self) -> dict[str, LowRank]:
+        """Scaled updates dW = scale * B A by layer: what merging acts on."""
+        return {name: layer * self.spec.scale for name, layer in self.layers.items()}
+
+    @staticmethod
+    def from_deltas(deltas: Mapping[str, LowRank], spec: AdapterSpec) -> Adapter:
+        """An adapter of the given spec whose scaled updates are ``deltas`` (float32 factors).
+
+        Raises ValueError when a layer's factors are not of rank ``spec.rank``.
+        """
+        for name, delta in deltas.items():
+            if delta.rank != spec.rank:
+                raise ValueError(f"{name}: factors of rank {delta.rank}, expected {spec.rank}")
+        layers = {name: (delta * (1 / spec.scale)).float() for name, delta in deltas.items()}
+        return Adapter(spec, layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat mapping ``LAYER.lora_A.weight`` / ``LAYER.lora_B.weight`` -> tensor, sorted."""
+        flat = {}
+        for name in sorted(self.layers):
+            flat[f"{name}.lora_A.weight"] = self.layers[name].A
+            flat[f"{name}.lora_B.weight"] = self.layers[name].B
+        return flat
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> Adapter:
+        """Inverse of ``tensors``. Raises ValueError on unknown, missing or misshapen entries."""
+        names = set()
+        for key in tensors:
+            layer, _, factor = key.removesuffix(".weight").rpartition(".")
+            if factor not in ("lora_A", "lora_B") or not layer or not key.endswith(".weight"):
+                raise ValueError(f"not a plain LoRA factor: {key}")
+            names.add(layer)
+        layers = {}
+        for name in sorted(names):
+            try:
+                B, A = tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"]
+            except KeyError as missing:
+                raise ValueError(f"factor missing: {missing.args[0]}") from None
+            layers[name] = LowRank(B, A)
+            if layers[name].rank != spec.rank:
+                raise ValueError(f"{name}: rank {layers[name].rank}, expected {spec.rank}")
+        return Adapter(spec, layers)
+
+    def is_finite(self) -> bool:
+        """True when no factor holds NaN or infinity."""
+        return all(layer.is_finite() for layer in self.layers.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and bytes, independent of file metadata and order."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            data = tensor.detach().float().contiguous()
+            digest.update(f"{name}{tuple(data.shape)}".encode())
+            digest.update(data.numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path, base_model: str = "") -> Path:
+        """Write a PEFT adapter folder; the tensors are written last and renamed into place."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.spec.peft_config(base_model)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        flat = {_PREFIX + k: v.detach().float().contiguous() for k, v in self.tensors().items()}
+        part = folder / "adapter_model.safetensors.part"
+        save_file(flat, part)
+        part.replace(folder / "adapter_model.safetensors")
+        return folder
+
+    @staticmethod
+    def load(folder: Path) -> Adapter:
+        """Read a PEFT LoRA folder.
+
+        Raises ValueError for what the algebra cannot represent: DoRA, LoRA bias, rank patterns,
+        rsLoRA or modules saved beside the factors; FileNotFoundError when a file is absent.
+        """
+        config = json.loads((folder / "adapter_config.json").read_text())
+        for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            if config.get(key):
+                raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")
+        targets = config["target_modules"]
+        names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+        spec = AdapterSpec(config["r"], config["lora_alpha"], names)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        return Adapter.from_tensors({k.removeprefix(_PREFIX): v for k, v in tensors.items()}, spec)
+
+
+def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:
+    """Exact sum of adapters of the same base, whatever their ranks: rank = sum of ranks.
+
+    The result uses alpha = rank (scale 1). A layer that some adapters lack counts as zero there.
+    """
+    names = sorted({name for adapter in adapters for name in adapter.layers})
+    rank = sum(adapter.spec.rank for adapter in adapters)
+    targets = tuple(sorted({t for adapter in adapters for t in adapter.spec.targets}))
+    deltas = {}
+    for name in names:
+        shape = next(a.layers[name] for a in adapters if name in a.layers)
+        parts = []
+        for adapter in adapters:
+            if name in adapter.layers:
+                parts.append(adapter.layers[name] * adapter.spec.scale)
+            else:
+                r = adapter.spec.rank
+                parts.append(LowRank(torch.zeros(shape.shape[0], r), torch.zeros(r, shape.shape[1])))
+        deltas[name] = stack(parts)
+    return Adapter.from_deltas(deltas, AdapterSpec(rank, float(rank), targets))

@@ -1,0 +1,149 @@
+"""LoRA on a live model: attach it, read it out, write it back, fold it into the base weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import LowRank
+
+_NAME = "default"
+
+
+class UnsupportedAdapter(ValueError):
+    """The adapter asked for cannot be trained privately on this base model."""
+
+
+def attach(model: PreTrainedModel, spec: AdapterSpec, train: str = "both") -> PeftModel:
+    """Attach a fresh LoRA and choose what is trained: ``train`` is "B" or "both".
+
+    Raises UnsupportedAdapter when a target matches nothing or is not a plain linear layer
+    (an embedding, for one, has no per-sample gradient here).
+    """
+    try:
+        peft_model = get_peft_model(model, spec.peft_config())
+    except ValueError:
+        raise UnsupportedAdapter(
+            f"no module of {type(model).__name__} matches adapter.targets={list(spec.targets)}"
+        ) from None
+    layers = _lora_layers(peft_model)
+    adapted = sum(1 for name, _ in peft_model.named_modules() if name.endswith(".lora_A"))
+    if not layers or adapted != len(layers):
+        raise UnsupportedAdapter(
+            f"adapter.targets={list(spec.targets)} names a module that is not a linear layer"
+        )
+    for layer in layers.values():
+        layer.lora_A[_NAME].weight.requires_grad_(train == "both")
+    # Dropout would make the loss of a note depend on a draw that no ledger records.
+    peft_model.eval()
+    return peft_model
+
+
+def initial(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Adapter:
+    """A public starting point: B = 0 and A with orthonormal rows, drawn from ``seed`` and the layer.
+
+    Every hospital gets the same A from the coordinator, so B can be averaged exactly (FFA-LoRA,
+    arXiv 2403.12313); orthonormal rows keep the gradient of B on the scale of that of dW
+    (FedSVD, arXiv 2505.12805).
+    """
+    peft_model = attach(model, spec)
+    layers = {}
+    for name, layer in _lora_layers(peft_model).items():
+        m, n = layer.out_features, layer.in_features
+        if spec.rank > n:
+            raise UnsupportedAdapter(f"adapter.rank={spec.rank} exceeds the width {n} of {name}")
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rows = torch.randn(n, spec.rank, generator=generator, dtype=torch.float64)
+        layers[name] = LowRank(torch.zeros(m, spec.rank), torch.linalg.qr(rows).Q.T.float())
+    detach(peft_model)
+    return Adapter(spec, layers)
+
+
+def read(peft_model: PeftModel, spec: AdapterSpec) -> Adapter:
+    """A copy of the factors that the live model holds now, float32 on the CPU."""
+    layers = {
+        name: LowRank(
+            layer.lora_B[_NAME].weight.detach().float().cpu().clone(),
+            layer.lora_A[_NAME].weight.detach().float().cpu().clone(),
+        )
+        for name, layer in _lora_layers(peft_model).items()
+    }
+    return Adapter(spec, layers)
+
+
+def write(peft_model: PeftModel, adapter: Adapter) -> None:
+    """Put the adapter's factors into the live model.
+
+    Raises ValueError when layers or shapes differ: a partial load would train the wrong thing.
+    """
+    live = _lora_layers(peft_model)
+    if set(live) != set(adapter.layers):
+        differing = sorted(set(live) ^ set(adapter.layers))
+        raise ValueError(f"adapter and model differ in {len(differing)} layers, {differing[0]} first")
+    with torch.no_grad():
+        for name, layer in live.items():
+            for weight, value in (
+                (layer.lora_A[_NAME].weight, adapter.layers[name].A),
+                (layer.lora_B[_NAME].weight, adapter.layers[name].B),
+            ):
+                if weight.shape != value.shape:
+                    raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(weight.shape)}")
+                weight.copy_(value)
+
+
+def detach(peft_model: PeftModel) -> PreTrainedModel:
+    """Remove the LoRA modules again; the base weights are as before."""
+    model = peft_model.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def fold(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Add dW to the base weights in place; the sum is formed in float64.
+
+    Raises ValueError when the model lacks one of the layers.
+    """
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, delta in adapter.deltas().items():
+            if name not in modules:
+                raise ValueError(f"base model has no layer {name}")
+            weight: torch.Tensor = modules[name].weight  # type: ignore[assignment]
+            dense = delta.double().dense()
+            if isinstance(modules[name], Conv1D):  # GPT-2 keeps its weights as (in, out)
+                dense = dense.T
+            weight.copy_(weight.double() + dense)
+
+
+@contextmanager
+def folded(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
+    """The model with the adapter folded in while the context is open; bit for bit as before after."""
+    modules = dict(model.named_modules())
+    before = {name: modules[name].weight.clone() for name in adapter.layers if name in modules}  # type: ignore[operator]
+    try:
+        fold(model, adapter)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in before.items():
+                modules[name].weight.copy_(weight)  # type: ignore[operator]
+
+
+def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLinear]:
+    """Adapted linear layers by their module path in the base model."""
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLinear)
+    }

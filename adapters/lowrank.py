@@ -1,0 +1,170 @@
+"""Algebra of low-rank updates: a weight change dW = B A kept as its factors, never as a dense matrix.
+
+Merging acts on products, because mean(B) mean(A) is not mean(B A). Everything here is exact up to
+float64 rounding unless a rank is asked for; then it is the best approximation of that rank in
+Frobenius norm (Eckart-Young-Mirsky). The SVD of a stack of K factor pairs of total rank R costs
+O((m + n) R^2 + R^3): QR of the two tall factors, then an SVD of the small R x R core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """dW = B A, with B of shape (m, r) and A of shape (r, n).
+
+    Raises ValueError when the shapes do not chain.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(
+                f"factors do not chain: B {tuple(self.B.shape)}, A {tuple(self.A.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B (the rank of dW is at most this)."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of dW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def double(self) -> LowRank:
+        """The same update with float64 factors."""
+        return LowRank(self.B.double(), self.A.double())
+
+    def float(self) -> LowRank:
+        """The same update with float32 factors."""
+        return LowRank(self.B.float(), self.A.float())
+
+    def dense(self) -> Tensor:
+        """dW itself, (m, n)."""
+        return self.B @ self.A
+
+    def __mul__(self, c: float) -> LowRank:
+        return LowRank(self.B * c, self.A)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return stack([self, other])
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return stack([self, other * -1.0])
+
+    def inner(self, other: LowRank) -> float:
+        """Frobenius inner product tr(dW1^T dW2) from r x r traces; no dense matrix is formed."""
+        _same_shape([self, other])
+        left = self.B.double().T @ other.B.double()
+        right = self.A.double() @ other.A.double().T
+        return float((left * right).sum())
+
+    def norm(self) -> float:
+        """Frobenius norm of dW."""
+        return max(self.inner(self), 0.0) ** 0.5
+
+    def is_finite(self) -> bool:
+        """True when no factor holds NaN or infinity."""
+        return bool(torch.isfinite(self.A).all() and torch.isfinite(self.B).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Svd:
+    """Singular value decomposition dW = U diag(S) Vh, float64: U (m, k), S (k), Vh (k, n)."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    def truncate(self, rank: int) -> LowRank:
+        """Best approximation of at most the given rank, as B = U S and A = Vh (orthonormal rows).
+
+        When rank exceeds the number of singular values the factors are padded: B with zeros and A
+        with further orthonormal rows, so that every row of A can still be trained against.
+        """
+        k = min(rank, self.S.numel())
+        B, A = self.U[:, :k] * self.S[:k], self.Vh[:k]
+        if k < rank:
+            B = torch.cat([B, B.new_zeros(B.shape[0], rank - k)], dim=1)
+            A = torch.cat([A, _complement(A, rank - k)])
+        return LowRank(B, A)
+
+    def kept_energy(self, rank: int) -> float:
+        """Share of the squared Frobenius norm in the leading singular values, in [0, 1]."""
+        energy = self.S.square()
+        total = float(energy.sum())
+        return 1.0 if total == 0.0 else float(energy[:rank].sum()) / total
+
+
+def stack(parts: Sequence[LowRank]) -> LowRank:
+    """Exact sum of updates: B side by side, A one above the other; rank = sum of ranks."""
+    _same_shape(parts)
+    return LowRank(torch.cat([p.B for p in parts], dim=1), torch.cat([p.A for p in parts]))
+
+
+def weighted_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Exact sum_k w_k dW_k in float64.
+
+    Each weight is split as sign(w) sqrt|w| on B and sqrt|w| on A, so that neither side of the QR
+    that follows is badly scaled. Shapes must agree, ranks need not.
+    """
+    if len(parts) != len(weights):
+        raise ValueError(f"{len(parts)} updates but {len(weights)} weights")
+    scaled = []
+    for part, w in zip(parts, weights, strict=True):
+        half = abs(w) ** 0.5
+        scaled.append(LowRank(part.B.double() * (half if w >= 0 else -half), part.A.double() * half))
+    return stack(scaled)
+
+
+def svd(update: LowRank) -> Svd:
+    """Exact SVD through QR of both factors and an SVD of the small core.
+
+    Signs are fixed (the entry of largest magnitude in each left vector is positive), so equal
+    inputs give equal factors. Raises ValueError on NaN or infinity.
+    """
+    if not update.is_finite():
+        raise ValueError("update holds NaN or infinity")
+    Qb, Rb = torch.linalg.qr(update.B.double())
+    Qa, Ra = torch.linalg.qr(update.A.double().T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    U, Vh = Qb @ U, Vh @ Qa.T
+    sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
+    sign[sign == 0] = 1.0
+    return Svd(U * sign, S, Vh * sign.T)
+
+
+def gram(parts: Sequence[LowRank]) -> Tensor:
+    """Matrix of inner products G_ij = <dW_i, dW_j>, (K, K) float64."""
+    out = torch.empty(len(parts), len(parts), dtype=torch.float64)
+    for i, left in enumerate(parts):
+        for j in range(i, len(parts)):
+            out[i, j] = out[j, i] = left.inner(parts[j])
+    return out
+
+
+def _complement(rows: Tensor, count: int) -> Tensor:
+    """``count`` orthonormal rows orthogonal to the given orthonormal rows; deterministic."""
+    have, n = rows.shape
+    if have + count > n:
+        raise ValueError(f"rank {have + count} exceeds the input width {n}")
+    start = torch.randn(n, count, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+    for _ in range(2):  # twice: one projection alone loses orthogonality to rounding
+        start = start - rows.T @ (rows @ start)
+    return torch.linalg.qr(start).Q.T
+
+
+def _same_shape(parts: Sequence[LowRank]) -> None:
+    shapes = {p.shape for p in parts}
+    if len(shapes) != 1:
+        raise ValueError(f"updates of different shapes cannot be combined: {sorted(shapes)}")

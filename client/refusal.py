@@ -1,0 +1,33 @@
+"""Why a hospital says no. Only these codes and fixed sentences ever leave the site.
+
+The text of an exception may quote a note, a path or a patient id, so it stays in the local log.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(Enum):
+    """Code and sentence; public by construction."""
+
+    PLAN_INVALID = "the plan could not be read"
+    ADAPTER_INVALID = "the adapter sent does not fit the plan"
+    MODEL_MISMATCH = "the base model is not the one installed at this site"
+    PRIVACY_REQUIRED = "this site trains only under differential privacy"
+    UNIT_TOO_WEAK = "the plan's privacy unit is weaker than the site policy's"
+    LIMIT_EXCEEDED = "the plan exceeds a limit of the site policy"
+    BUDGET_EXHAUSTED = "the privacy budget does not allow the plan"
+    NOTES_UNUSABLE = "the notes of this site could not be read"
+    TRAINING_FAILED = "training failed; the charge is kept"
+    OUTBOUND_REFUSED = "the gate refused the result"
+    INTERNAL = "internal error; see the log at the site"
+
+
+class Refusal(Exception):
+    """A round that this site will not or cannot do. ``detail`` is for the local log only."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+        self.detail = detail

@@ -1,0 +1,51 @@
+"""Which hospital is this process? The answer comes from the site's own machine, never from a message."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+from flwr.app import Context
+from pydantic import ValidationError
+
+from conf.policy import SitePolicy
+
+SITE = "WARDROUND_SITE"  # path of the site policy (deployment)
+SITES = "WARDROUND_SITES"  # folder of site policies, taken in name order (simulation)
+
+
+class SiteError(ValueError):
+    """The site policy is absent or invalid; one line that says where and what."""
+
+
+def read_policy(path: Path) -> SitePolicy:
+    """The validated policy in a YAML file.
+
+    Raises SiteError naming the file, the key and what is allowed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return SitePolicy.model_validate(raw)
+    except FileNotFoundError:
+        raise SiteError(f"{path}: no such site policy") from None
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise SiteError(f"{path}{line}: not valid YAML") from None
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise SiteError(f"{path}: {key}: {first['msg']}") from None
+
+
+def policy_of(context: Context) -> SitePolicy:
+    """The policy of the site that this Flower context stands for. Raises SiteError."""
+    if SITE in os.environ:
+        return read_policy(Path(os.environ[SITE]))
+    if SITES in os.environ:
+        files = sorted(Path(os.environ[SITES]).glob("*.yaml"))
+        index = int(context.node_config["partition-id"])
+        if index < len(files):
+            return read_policy(files[index])
+    raise SiteError(f"no site policy: set {SITE} to the path of one")

@@ -1,0 +1,1 @@
+"""Configuration: Hydra YAML groups, their types and ranges. Imports nothing else of Wardround."""

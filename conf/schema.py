@@ -1,0 +1,185 @@
+"""Types and ranges of every option a person can set.
+
+Each class mirrors one Hydra group under ``conf/``. Validation happens once, before anything runs;
+after that the settings are immutable. ``conf.load`` turns a violation into one line that names the
+key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    """Which base model is adapted."""
+
+    source: Literal["smollm2", "path"]
+    path: str | None = None  # folder or Hugging Face id, for source=path
+
+    @model_validator(mode="after")
+    def _path_when_needed(self) -> ModelSettings:
+        if self.source == "path" and not self.path:
+            raise ValueError("model.path must name a model folder or Hugging Face id")
+        return self
+
+
+class AdapterSettings(Settings):
+    """Shape of the LoRA adapter, W = W0 + (alpha / rank) B A, and which factor is trained."""
+
+    rank: Annotated[int, Field(ge=1, le=256)]
+    alpha: Positive
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    train: Literal["B", "both"]
+
+
+class PrivacySettings(Settings):
+    """The differential privacy asked for by the coordinator's plan.
+
+    ``sampling_rate`` and ``denominator`` are public constants: neither may be derived from the
+    number of patients, which is itself private.
+    """
+
+    enabled: bool
+    unit: Literal["patient", "note"]
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=0.01)]
+    clip_norm: Positive
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    denominator: Annotated[int, Field(ge=1)]  # units a step is divided by
+    max_notes_per_unit: Annotated[int, Field(ge=1, le=64)]
+    max_tokens: Annotated[int, Field(ge=8, le=8192)]  # of each note, from its start
+    micro_batch: Annotated[int, Field(ge=1, le=1024)]  # units a forward pass; changes no result
+
+
+class OptimizerSettings(Settings):
+    """The local optimizer; the learning rate decays linearly over the whole plan."""
+
+    name: Literal["sgd", "adamw"]
+    learning_rate: Positive
+    final_fraction: Annotated[float, Field(gt=0, le=1)]  # of the learning rate, at the last step
+
+
+class FederationSettings(Settings):
+    """Rounds, and how long the coordinator waits for whom."""
+
+    rounds: Annotated[int, Field(ge=1, le=1000)]
+    local_steps: Annotated[int, Field(ge=1, le=10_000)]
+    min_hospitals: Annotated[int, Field(ge=1)]
+    timeout_s: Positive  # of one round
+
+
+class StrategySettings(Settings):
+    """How the hospitals' adapters become one."""
+
+    name: Literal["product_mean", "fedavg", "ffa", "fedsvd"]
+
+
+class NotesSettings(Settings):
+    """Where notes are and which fields carry what."""
+
+    source: Literal["clinosim", "fhir", "jsonl", "csv", "parquet", "text"]
+    path: Path | None = None
+    text_field: str = "text"
+    patient_field: str | None = None
+    note_field: str | None = None
+    hospital_field: str | None = None
+    document_types: tuple[str, ...] = ()  # FHIR: keep only these LOINC codes or titles; () keeps all
+    encoding: str = "utf-8"
+    min_chars: Annotated[int, Field(ge=1)] = 20
+    max_chars: Annotated[int, Field(ge=100)] = 200_000
+    on_bad_record: Literal["skip", "refuse"] = "skip"
+    holdout: Fraction = 0.2  # share of patients never trained on
+
+    @model_validator(mode="after")
+    def _path_when_needed(self) -> NotesSettings:
+        if self.source != "clinosim" and self.path is None:
+            raise ValueError("notes.path must name the file or folder of notes")
+        return self
+
+
+class HospitalsSettings(Settings):
+    """How the simulation divides notes among hospitals."""
+
+    layout: Literal["separate", "by_field", "pooled"]
+    count: Annotated[int, Field(ge=1, le=100)]
+    population: Annotated[int, Field(ge=20, le=100_000)]  # clinosim catchment of each hospital
+    max_units: Annotated[int, Field(ge=2)] | None = None  # keep at most so many patients a hospital
+
+
+class StageSettings(Settings):
+    """One alignment stage (SFT or DPO)."""
+
+    steps: Annotated[int, Field(ge=0)]
+    batch: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+
+
+class DpoSettings(StageSettings):
+    """Direct preference optimisation adds the strength of its pull to the reference."""
+
+    beta: Positive
+
+
+class AlignmentSettings(Settings):
+    """SFT, then DPO, on MediFlow-schema instructions."""
+
+    enabled: bool
+    data: Literal["synthetic", "mediflow"]
+    path: Path | None = None  # MediFlow JSONL files; None asks the hub (data=mediflow)
+    examples: Annotated[int, Field(ge=8)]
+    held_out: Annotated[int, Field(ge=4)]
+    max_tokens: Annotated[int, Field(ge=32, le=8192)]
+    rank: Annotated[int, Field(ge=1, le=256)]
+    alpha: Positive
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    sft: StageSettings
+    dpo: DpoSettings
+
+
+class EvaluationSettings(Settings):
+    """What is measured, and on how much."""
+
+    notes: Annotated[int, Field(ge=1)]  # held-out notes a hospital
+    max_tokens: Annotated[int, Field(ge=8, le=8192)]
+    alone: bool  # also train each hospital alone, as a reference
+    pooled_reference: bool  # a sweep also trains on the pooled notes, without privacy
+
+
+class RunSettings(Settings):
+    """Everything ``wardround simulate`` needs: one object, one run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    runs: Path  # folder in which run folders are made
+    resume: Path | None = None
+    model: ModelSettings
+    adapter: AdapterSettings
+    privacy: PrivacySettings
+    optimizer: OptimizerSettings
+    federation: FederationSettings
+    strategy: StrategySettings
+    notes: NotesSettings
+    hospitals: HospitalsSettings
+    alignment: AlignmentSettings
+    evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSettings:
+        if self.strategy.name in ("ffa", "fedsvd") and self.adapter.train != "B":
+            raise ValueError(
+                f"strategy.name={self.strategy.name} needs adapter.train=B (a shared, frozen A)"
+            )
+        if self.federation.min_hospitals > self.hospitals.count and self.hospitals.layout != "pooled":
+            raise ValueError("federation.min_hospitals must not exceed hospitals.count")
+        return self

@@ -1,0 +1,1 @@
+"""The coordinator: rounds, merging, alignment, evaluation, release."""

@@ -1,0 +1,1 @@
+"""Alignment of the merged adapter on MediFlow-schema instructions: SFT, then DPO."""

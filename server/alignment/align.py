@@ -1,0 +1,70 @@
+"""Alignment of a merged adapter: fold it in, SFT, fold that in, DPO, and add the three exactly.
+
+The released adapter is the exact sum of merged, SFT and DPO updates (its rank is the sum of their
+ranks), so nothing that was measured on the way is approximated at the end.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from adapters import lora
+from adapters.adapter import Adapter, AdapterSpec, sum_exactly
+from adapters.base_model import BaseModel
+from conf.schema import AlignmentSettings
+from server.alignment.mediflow import InstructionSet
+from server.alignment.stages import StageRecord, quiet_libraries, run_dpo, run_sft
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The aligned adapter (merged + SFT + DPO, exactly) and a record of each stage that ran."""
+
+    adapter: Adapter
+    stages: dict[str, StageRecord]
+
+
+def align(
+    base: BaseModel,
+    merged: Adapter,
+    data: InstructionSet,
+    settings: AlignmentSettings,
+    seed: int,
+    on_step: Callable[[str, int, int], None],
+) -> Alignment:
+    """Run both stages on top of ``merged``; a stage of no steps is left out.
+
+    The base weights are as before when this returns.
+
+    ``on_step`` is called with the stage, the finished steps and their number.
+    """
+    quiet_libraries()
+    spec = AdapterSpec(settings.rank, settings.alpha, settings.targets)
+    model, tokenizer, limit = base.model, base.tokenizer, settings.max_tokens
+    parts = [merged]
+    records: dict[str, StageRecord] = {}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as before:
+        before.enter_context(lora.folded(model, merged))
+        for stage, steps, run in (
+            ("sft", settings.sft.steps, partial(run_sft, rows=data.sft, settings=settings.sft)),
+            ("dpo", settings.dpo.steps, partial(run_dpo, rows=data.dpo, settings=settings.dpo)),
+        ):
+            if steps == 0:
+                continue
+            adapter, records[stage] = run(
+                model,
+                tokenizer,
+                spec=spec,
+                max_tokens=limit,
+                seed=seed,
+                scratch=Path(name),
+                on_step=partial(on_step, stage.upper()),
+            )
+            before.enter_context(lora.folded(model, adapter))
+            parts.append(adapter)
+    return Alignment(sum_exactly(parts), records)

@@ -1,0 +1,185 @@
+"""The two stages, run by TRL: supervised fine-tuning, then direct preference optimisation.
+
+Each stage trains a fresh LoRA on a model into which everything before it is folded. For DPO that
+makes the reference model exact and free: it is the same model with the LoRA switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from adapters import lora
+from adapters.adapter import Adapter, AdapterSpec
+from conf.schema import DpoSettings, StageSettings
+from server.alignment.mediflow import Instruction
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass
+class StageRecord:
+    """What a stage did, for summary and model card; curves have one value a step."""
+
+    steps: int
+    examples: int
+    seconds: float = 0.0
+    loss: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)  # DPO: reward chosen minus rejected
+    accuracy: list[float] = field(default_factory=list)  # DPO: share of pairs ranked right
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; curves a stage does not have are left out."""
+        return {k: v for k, v in asdict(self).items() if v != []}
+
+
+def run_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Instruction],
+    spec: AdapterSpec,
+    settings: StageSettings,
+    max_tokens: int,
+    seed: int,
+    scratch: Path,
+    on_step: OnStep,
+) -> tuple[Adapter, StageRecord]:
+    """Fit answers given instruction and input; the loss counts answer tokens only."""
+    data = Dataset.from_list(
+        [{"prompt": r.prompt, "completion": Instruction.answer(r.output)} for r in rows]
+    )
+    config = SFTConfig(
+        **_common(settings, seed, scratch, max_tokens), completion_only_loss=True, loss_type="nll"
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=spec.peft_config(),
+    )
+    return _train(trainer, spec, StageRecord(settings.steps, len(rows)), on_step)
+
+
+def run_dpo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Instruction],
+    spec: AdapterSpec,
+    settings: DpoSettings,
+    max_tokens: int,
+    seed: int,
+    scratch: Path,
+    on_step: OnStep,
+) -> tuple[Adapter, StageRecord]:
+    """Prefer ``output`` to ``rejected``, held near the model as it was before (beta)."""
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": r.prompt,
+                "chosen": Instruction.answer(r.output),
+                "rejected": Instruction.answer(r.rejected),
+            }
+            for r in rows
+        ]
+    )
+    config = DPOConfig(**_common(settings, seed, scratch, max_tokens), beta=settings.beta)
+    trainer = DPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=spec.peft_config(),
+    )
+    return _train(trainer, spec, StageRecord(settings.steps, len(rows)), on_step)
+
+
+def _common(settings: StageSettings, seed: int, scratch: Path, max_tokens: int) -> dict[str, Any]:
+    """Trainer arguments of both stages: nothing is saved, reported or sent anywhere."""
+    return {
+        "output_dir": str(scratch),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, settings.steps // 10),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "max_length": max_tokens,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def _train(
+    trainer: SFTTrainer | DPOTrainer, spec: AdapterSpec, record: StageRecord, on_step: OnStep
+) -> tuple[Adapter, StageRecord]:
+    began = time.monotonic()
+    trainer.add_callback(_Watch(record, on_step))
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    record.seconds = round(time.monotonic() - began, 3)
+    model = trainer.model
+    assert isinstance(model, PeftModel)
+    adapter = lora.read(model, spec)
+    lora.detach(model)
+    return adapter, record
+
+
+class _Watch(TrainerCallback):
+    """Collects the curves and reports progress."""
+
+    def __init__(self, record: StageRecord, on_step: OnStep) -> None:
+        self._record, self._on_step = record, on_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        for key, curve in (
+            ("loss", self._record.loss),
+            ("rewards/margins", self._record.margin),
+            ("rewards/accuracies", self._record.accuracy),
+        ):
+            if key in logs:
+                curve.append(round(float(logs[key]), 5))
+        if "loss" in logs:
+            self._on_step(state.global_step, state.max_steps)
+
+
+def quiet_libraries() -> None:
+    """Keep Transformers, TRL and Datasets from writing over the progress bars."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("trl").setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""What an adapter is worth on instructions that no stage has seen."""

@@ -1,0 +1,149 @@
+"""The round loop: open a round, wait for hospitals, check what comes back, merge, record.
+
+Flower's own ``Strategy.start`` has no resume, no early stop and no deadline for hospitals, so the
+loop over the grid is ours. A round that ends is on disk before the next begins; a run that is
+started again goes on after its last finished round.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from adapters import lora
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.base_model import load_base
+from adapters.plan import TrainingPlan, plan_round
+from adapters.wire import pack_task, size_bytes
+from conf.schema import RunSettings
+from server.acceptance import accept, one_reply_each
+from server.run_folder import RunFolder, write_atomically
+from strategies.base import MergeError
+from strategies.registry import get_strategy
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+Report = Callable[[str, int, int], None]  # what is being done, done, total
+
+
+class RoundFailed(RuntimeError):
+    """A round could not be finished; the run folder allows going on later."""
+
+
+def federate(
+    grid: Grid, settings: RunSettings, folder: RunFolder, stop: threading.Event, report: Report
+) -> Adapter:
+    """Run all rounds that are not finished yet and return the last merged adapter.
+
+    Raises RoundFailed when too few hospitals answer in time or ``stop`` is set.
+    """
+    base_model = _starting_point(settings, folder)
+    strategy = get_strategy(settings.strategy.name)
+    for number in range(len(folder.finished_rounds()) + 1, settings.federation.rounds + 1):
+        began = time.monotonic()
+        plan = plan_round(settings, folder.name, number, base_model)
+        sent = folder.global_adapter()
+        deadline = began + settings.federation.timeout_s
+        nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
+        replies, bytes_down = _exchange(grid, plan, sent, nodes, deadline, stop, report)
+        accepted, left_out = one_reply_each([accept(reply, plan, sent) for reply in replies])
+        if silent := len(nodes) - len(replies):
+            left_out[f"{silent} without a name"] = "no answer in time"
+        for site, reason in left_out.items():
+            log.warning("round %d: %s left out: %s", number, site, reason)
+        if len(accepted) < settings.federation.min_hospitals:
+            reasons = ", ".join(f"{site}: {reason}" for site, reason in left_out.items())
+            raise RoundFailed(
+                f"round {number}: {len(accepted)} of at least {settings.federation.min_hospitals} "
+                f"hospitals answered ({reasons})"
+            )
+        try:
+            weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
+            merge = strategy.merge([a.adapter for a in accepted], weights)
+        except MergeError as problem:
+            raise RoundFailed(f"round {number}: {problem}") from None
+        for one in accepted:
+            one.adapter.save(folder.adapter_folder(number, one.site))
+        merge.adapter.save(folder.adapter_folder(number))
+        record: dict[str, Any] = {
+            "round": number,
+            "seconds": round(time.monotonic() - began, 3),
+            "bytes_up": sum(a.bytes_up for a in accepted),
+            "bytes_down": bytes_down,
+            "discrepancy": merge.discrepancy,
+            "kept_energy": merge.kept_energy,
+            "hospitals": [a.site for a in accepted],
+            "left_out": left_out,
+            "facts": {a.site: a.facts for a in accepted},
+        }
+        folder.finish_round(record)
+    return folder.global_adapter()
+
+
+def _starting_point(settings: RunSettings, folder: RunFolder) -> str:
+    """Make the public starting adapter once; return the fingerprint of the base model."""
+    known = folder.path / "base_model.txt"
+    if not known.exists():
+        base = load_base(settings.model)
+        fingerprint = base.fingerprint
+        shape = settings.adapter
+        spec = AdapterSpec(shape.rank, shape.alpha, shape.targets)
+        lora.initial(base.model, spec, settings.seed).save(folder.adapter_folder(0), base.folder)
+        write_atomically(known, fingerprint + "\n")
+    return known.read_text().strip()
+
+
+def _wait_for_nodes(
+    grid: Grid, settings: RunSettings, deadline: float, stop: threading.Event, report: Report
+) -> list[int]:
+    """Ids of all connected hospitals, once there are enough of them."""
+    needed = settings.federation.min_hospitals
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        report("hospitals connected", min(len(nodes), needed), needed)
+        if len(nodes) >= needed:
+            return nodes
+        if time.monotonic() > deadline:
+            raise RoundFailed(f"{len(nodes)} hospitals connected in time, {needed} needed")
+        _pause(stop)
+
+
+def _exchange(
+    grid: Grid,
+    plan: TrainingPlan,
+    sent: Adapter,
+    nodes: list[int],
+    deadline: float,
+    stop: threading.Event,
+    report: Report,
+) -> tuple[list[Message], int]:
+    """Send the task to every node and collect the replies that come before the deadline."""
+    task = pack_task(plan, sent)
+    messages = [
+        Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))
+        for node in nodes
+    ]
+    waiting = set(grid.push_messages(messages))
+    replies: list[Message] = []
+    while waiting:
+        report(f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(nodes))
+        arrived = list(grid.pull_messages(waiting))
+        replies += arrived
+        waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+        if not waiting or time.monotonic() > deadline:
+            break
+        _pause(stop)
+    report(f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(nodes))
+    return replies, size_bytes(task) * len(nodes)
+
+
+def _pause(stop: threading.Event) -> None:
+    if stop.wait(_POLL_S):
+        raise RoundFailed("stopped on request")

@@ -1,0 +1,82 @@
+"""The run folder: the contract with everything that reads a run later.
+
+    config.yaml               the composed configuration
+    adapters/round-000/global the public starting point
+    adapters/round-NNN/NAME   what each hospital sent, and ``global``, what they merged to
+    rounds.jsonl              one line a finished round, written last: its presence means finished
+    ledger/  sites/           simulated hospitals only: their ledgers and policies
+    summary.json report.html release/
+
+A round is finished when its line is in ``rounds.jsonl``; everything before that can be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapters.adapter import Adapter
+from conf.schema import RunSettings
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the run, used in plans and ledgers."""
+        return self.path.name
+
+    def create(self, settings: RunSettings) -> RunFolder:
+        """Make the folder and save the configuration in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self.path / "config.yaml", text)
+        return self
+
+    def settings(self) -> RunSettings:
+        """The configuration the run was started with. Raises FileNotFoundError without one."""
+        return RunSettings.model_validate(yaml.safe_load((self.path / "config.yaml").read_text()))
+
+    def adapter_folder(self, number: int, name: str = "global") -> Path:
+        """Folder of one adapter of round ``number`` (0 is the starting point)."""
+        return self.path / "adapters" / f"round-{number:03d}" / name
+
+    def finished_rounds(self) -> list[dict[str, Any]]:
+        """Records of finished rounds, in order; a half-written last line does not count."""
+        file = self.path / "rounds.jsonl"
+        records = []
+        if file.exists():
+            for line in file.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return records
+
+    def finish_round(self, record: dict[str, Any]) -> None:
+        """Append the record of a round whose adapters are saved; durable on return."""
+        lines = [json.dumps(r) for r in (*self.finished_rounds(), record)]
+        write_atomically(self.path / "rounds.jsonl", "\n".join(lines) + "\n")
+
+    def global_adapter(self) -> Adapter:
+        """The merged adapter of the last finished round (or the starting point)."""
+        return Adapter.load(self.adapter_folder(len(self.finished_rounds())))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of either."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,189 @@
+"""From settings to simulated hospitals: each gets notes, a ledger and a site policy of its own.
+
+Layouts: ``separate`` (one clinosim export a hospital, or the largest values of
+``notes.hospital_field``), ``by_field`` (the same for any notes) and ``pooled`` (everything at one
+site, the reference that a federation is measured against). A patient whose notes carry several
+values of the field goes to the hospital with most of them, so no patient is at two hospitals.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from adapters.base_model import cache_folder
+from client.notes.load import load_notes
+from client.notes.note import Note
+from client.site import read_policy
+from conf.load import ConfigError
+from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
+from conf.schema import NotesSettings, RunSettings
+from server.run_folder import RunFolder, write_atomically
+from simulation.cohort import hospital_orders, simulate
+
+log = logging.getLogger(__name__)
+
+POOLED = "pooled"
+Progress = Callable[[str, int, int], None]
+Notes = list[Note]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A simulated hospital: its policy, and the hospitals its notes stand for (itself, or several)."""
+
+    policy: SitePolicy
+    stands_for: tuple[str, ...]
+    rejected: int
+
+    @property
+    def name(self) -> str:
+        """Name in the federation."""
+        return self.policy.site
+
+
+@dataclass(frozen=True)
+class Hospitals:
+    """All sites of a run and whether their notes carry patient ids."""
+
+    sites: tuple[Site, ...]
+    has_patients: bool
+
+
+def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hospitals:
+    """Write notes, policies and ledger places of every simulated hospital into the run folder.
+
+    Raises ConfigError when the notes do not give the hospitals asked for, and NotesError when they
+    cannot be read.
+    """
+    origins, rejected, has_patients = _notes_by_hospital(settings, progress)
+    if settings.hospitals.max_units:
+        origins = {name: _first_units(notes, settings.hospitals.max_units) for name, notes in origins.items()}
+    groups = {POOLED: tuple(origins)} if settings.hospitals.layout == "pooled" else {n: (n,) for n in origins}
+    sites = []
+    for name, members in groups.items():
+        notes = [note for member in members for note in origins[member]]
+        policy = _policy(settings, folder, name, _write_notes(folder, name, members, origins), has_patients)
+        text = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False)
+        target = folder.path / "sites" / f"{name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, text)
+        sites.append(Site(read_policy(target), members, sum(rejected[m] for m in members)))
+        log.info("%s: %d notes", name, len(notes))
+    return Hospitals(tuple(sites), has_patients)
+
+
+def _notes_by_hospital(
+    settings: RunSettings, progress: Progress
+) -> tuple[dict[str, Notes], Counter[str], bool]:
+    """Notes by hospital in name order, rejected records by hospital, and whether ids are there."""
+    wanted = settings.notes
+    if wanted.source != "clinosim":
+        found = load_notes(wanted)
+        rejected = Counter({"": len(found.rejected)})
+        return _by_field(list(found.notes), settings), rejected, found.has_patients
+    orders = hospital_orders(settings.hospitals.count, settings.hospitals.population, settings.seed)
+    hospitals = simulate(orders, cache_folder() / "clinosim", progress)
+    by_name: dict[str, Notes] = {}
+    rejected = Counter()
+    for hospital in hospitals:
+        export = wanted.model_copy(update={"source": "fhir", "path": hospital.export})
+        found = load_notes(export)
+        by_name[hospital.name] = list(found.notes)
+        rejected[hospital.name] = len(found.rejected)
+    if settings.hospitals.layout == "by_field":
+        return _by_field([n for notes in by_name.values() for n in notes], settings), rejected, True
+    return by_name, rejected, True
+
+
+def _by_field(notes: Notes, settings: RunSettings) -> dict[str, Notes]:
+    """The ``hospitals.count`` largest hospitals by number of notes, each patient at one of them."""
+    wanted = settings.hospitals.count
+    if settings.notes.hospital_field is None and (wanted > 1 and settings.hospitals.layout != "pooled"):
+        raise ConfigError(
+            "notes.hospital_field must name the field that says which hospital a note is from "
+            "(or use hospitals=pooled)"
+        )
+    homes: dict[str, Counter[str]] = defaultdict(Counter)
+    for note in notes:
+        homes[note.patient_id or note.note_id][note.hospital or "all"] += 1
+    home = {unit: max(sorted(votes), key=votes.__getitem__) for unit, votes in homes.items()}
+    grouped: dict[str, Notes] = defaultdict(list)
+    for note in notes:
+        grouped[home[note.patient_id or note.note_id]].append(note)
+    largest = sorted(grouped, key=lambda name: (-len(grouped[name]), name))[:wanted]
+    if len(largest) < wanted and settings.hospitals.layout != "pooled":
+        raise ConfigError(
+            f"hospitals.count={wanted}: notes.hospital_field={settings.notes.hospital_field} "
+            f"has only {len(largest)} values"
+        )
+    return {_site_name(name): grouped[name] for name in sorted(largest)}
+
+
+def _write_notes(
+    folder: RunFolder, name: str, members: tuple[str, ...], origins: Mapping[str, Notes]
+) -> Path:
+    """One JSONL file with the site's notes; ``hospital`` keeps where each came from."""
+    target = folder.path / "notes" / f"{name}.jsonl"
+    target.parent.mkdir(exist_ok=True)
+    lines = [
+        json.dumps(
+            {"note_id": note.note_id, "patient": note.patient_id, "hospital": member, "text": note.text},
+            ensure_ascii=False,
+        )
+        for member in members
+        for note in origins[member]
+    ]
+    write_atomically(target, "\n".join(lines) + "\n")
+    return target
+
+
+def _policy(
+    settings: RunSettings, folder: RunFolder, name: str, notes: Path, has_patients: bool
+) -> SitePolicy:
+    """A policy that allows exactly the run's plan: simulated hospitals have no other wishes."""
+    privacy, root = settings.privacy, folder.path.resolve()
+    return SitePolicy(
+        site=name,
+        lineage=f"{name}-{settings.seed}",
+        ledger=root / "ledger" / f"{name}.sqlite",
+        notes=NotesSettings(
+            source="jsonl",
+            path=notes.resolve(),
+            text_field="text",
+            note_field="note_id",
+            patient_field="patient" if has_patients else None,
+            hospital_field="hospital",
+            min_chars=settings.notes.min_chars,
+            max_chars=settings.notes.max_chars,
+            holdout=settings.notes.holdout,
+        ),
+        model=settings.model,
+        privacy=PrivacyLimits(
+            required=privacy.enabled,
+            unit=privacy.unit,
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            max_clip_norm=privacy.clip_norm,
+            max_notes_per_unit=privacy.max_notes_per_unit,
+        ),
+        adapter=AdapterLimits(max_rank=settings.adapter.rank, targets=settings.adapter.targets),
+    )
+
+
+def _first_units(notes: Notes, most: int) -> Notes:
+    units = list(dict.fromkeys(note.patient_id or note.note_id for note in notes))
+    kept = set(units[:most])
+    return [note for note in notes if (note.patient_id or note.note_id) in kept]
+
+
+def _site_name(value: str) -> str:
+    """A field value as a site name: letters, digits, dots, dashes and underscores."""
+    cleaned = "".join(c if c.isalnum() and c.isascii() else "-" for c in value).strip("-")
+    return cleaned[:60] or "unnamed"

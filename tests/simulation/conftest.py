@@ -1,0 +1,167 @@
+"""A made-up finished run of three hospitals, as ``summary.json`` records it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Json = dict[str, Any]
+
+_SCORES = {  # base, local, merged, aligned perplexity; then the same in bits per character
+    "north": ((23.418, 15.902, 14.377, 14.611), (1.2712, 1.1154, 1.0747, 1.0812)),
+    "harbor": ((19.264, 13.871, 12.056, 12.340), (1.1929, 1.0605, 1.0038, 1.0133)),
+    "valley": ((27.955, 20.118, 17.480, 17.902), (1.3428, 1.2101, 1.1534, 1.1630)),
+}
+_STAGES = ("base", "local", "merged", "aligned")
+
+
+def _hospital(name: str, patients: int, notes: int, epsilon: float) -> Json:
+    perplexity, bits = (dict(zip(_STAGES, s, strict=True)) for s in _SCORES[name])
+
+    def after(n: int, scores: Json) -> float:
+        """Three rounds from base to merged, each smaller than the one before."""
+        share = (0.62, 0.88, 1.0)[n - 1]
+        return float(scores["base"] + share * (scores["merged"] - scores["base"]))
+
+    return {
+        "patients": patients,
+        "notes": notes,
+        "rejected_records": 2 if name == "valley" else 0,
+        "epsilon": epsilon,
+        "delta": 1e-5,
+        "perplexity": perplexity,
+        "bits_per_char": bits,
+        "by_round": [
+            {"round": n, "perplexity": after(n, perplexity), "bits_per_char": after(n, bits)}
+            for n in (1, 2, 3)
+        ],
+        "simulation_only": ["patients", "notes", "rejected_records", "perplexity", "bits_per_char"],
+    }
+
+
+def _round(n: int, **changes: Any) -> Json:
+    names = ["north", "harbor", "valley"]
+    return {
+        "round": n,
+        "seconds": 61.4 + n,
+        "bytes_up": 5_531_904,
+        "bytes_down": 11_063_808,
+        "discrepancy": 0.0,
+        "hospitals": names,
+        "left_out": {},
+        "sigma": dict.fromkeys(names, 0.547),
+    } | changes
+
+
+@pytest.fixture
+def summary() -> Json:
+    """A fresh, complete summary; tests take parts away."""
+    return {
+        "run": "2026-11-21_10-42-07",
+        "created": "2026-11-21T10:42:07+00:00",
+        "seed": 7,
+        "model": {
+            "name": "SmolLM2-135M-Instruct",
+            "fingerprint": "sha256:8f6d0c2b51e7a94d",
+            "parameters": 134_515_008,
+        },
+        "strategy": "fedsvd",
+        "privacy": {
+            "enabled": True,
+            "unit": "patient",
+            "epsilon_budget": 8.0,
+            "delta": 1e-5,
+            "accountant": "PLD (dp-accounting 0.6.0)",
+            "clip_norm": 1.0,
+            "sampling_rate": 0.25,
+        },
+        "hospitals": {
+            "north": _hospital("north", 161, 512, 7.9412),
+            "harbor": _hospital("harbor", 204, 731, 7.9412),
+            "valley": _hospital("valley", 138, 377, 5.2037),
+        },
+        "rounds": [
+            _round(1, discrepancy=0.0713),
+            _round(
+                2,
+                discrepancy=0.0421,
+                hospitals=["north", "harbor"],
+                left_out={"valley": "no answer within 600 s"},
+                sigma={"north": 0.547, "harbor": 0.547},
+            ),
+            _round(3, discrepancy=0.0388),
+        ],
+        "alignment": {
+            "sft": {
+                "steps": 24,
+                "seconds": 88.2,
+                "examples": 96,
+                "loss": [2.31 - 0.9 * (1 - 0.86**n) + 0.05 * (-1) ** n for n in range(24)],
+            },
+            "dpo": {
+                "steps": 12,
+                "seconds": 70.9,
+                "loss": [0.6931 - 0.021 * n for n in range(12)],
+                "margin": [0.055 * n for n in range(12)],
+                "accuracy": [0.5 + 0.03 * n for n in range(12)],
+            },
+            "instructions": {
+                "base": {
+                    "loss": 2.402,
+                    "perplexity": 11.045,
+                    "preference_accuracy": 0.53125,
+                    "examples": 32,
+                },
+                "merged": {
+                    "loss": 2.377,
+                    "perplexity": 10.772,
+                    "preference_accuracy": 0.5625,
+                    "examples": 32,
+                },
+                "aligned": {
+                    "loss": 1.489,
+                    "perplexity": 4.433,
+                    "preference_accuracy": 0.8125,
+                    "examples": 32,
+                },
+            },
+        },
+        "peak_rss_mb": 3811.4,
+        "seconds": 512.6,
+        "stages": {"notes": 21.0, "rounds": 190.2, "alignment": 159.1, "evaluation": 142.3},
+        "versions": {"torch": "2.13.0", "flwr": "1.41.0", "peft": "0.21.2", "opacus": "1.6.0"},
+        "notices": ["2 records without text were skipped at valley."],
+    }
+
+
+@pytest.fixture
+def config() -> Json:
+    """The part of a composed configuration that the reports read or compare."""
+    return {
+        "seed": 7,
+        "runs": "runs",
+        "resume": None,
+        "privacy": {"enabled": True, "unit": "patient", "epsilon": 8.0, "delta": 1e-5},
+        "hospitals": {"layout": "separate", "count": 3},
+        "strategy": {"name": "fedsvd"},
+        "adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]},
+    }
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[[str, Json, Json], Path]:
+    """Write a run folder of the given name, summary and configuration."""
+
+    def write(name: str, summary: Json, config: Json) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        return folder
+
+    return write
