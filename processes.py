@@ -8,6 +8,7 @@ which message is handled, never which code handles it.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -140,11 +141,12 @@ def _alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
     return living
 
 
-def last_lines(log: Path, count: int = 3) -> str:
-    """The end of a log, for an error message that says why a process ended."""
-    with suppress(OSError):
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
-    return ""
+def log_to_stderr() -> None:
+    """Logging of a program that runs in Flower's place: ours beside Flower's, each line once."""
+    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=layout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request otherwise
+    logging.getLogger("flwr").propagate = False  # prints its own lines
 
 
 @contextmanager

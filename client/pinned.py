@@ -24,6 +24,8 @@ from flwr.cli import install
 from flwr.supernode.cli import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp as runtime
 
+import processes
+
 SUPPORTED = "1.41."  # minor releases of Flower change their internals
 _NEVER_CALLED = {"load_app", "import_module", "exec", "eval", "__import__"}
 
@@ -42,9 +44,7 @@ class ClientFailure(RuntimeError):
 
 def main() -> None:
     """Entry point, with the arguments of Flower's own ``flwr-clientapp``."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request otherwise
-    logging.getLogger("flwr").propagate = False  # it prints its own lines
+    processes.log_to_stderr()
     pin()
     flwr_clientapp()
 

@@ -105,7 +105,7 @@ def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
         notes = load_notes(policy.notes)
     except NotesError as problem:
         raise Refusal(Reason.NOTES_UNUSABLE, str(problem)) from None
-    train, _ = split_units(notes.units(), policy.notes.holdout, policy.lineage)
+    train, _ = split_units(notes.units(), policy.notes.holdout)
     if unit == "note":
         train = {note.note_id: (note,) for own in train.values() for note in own}
     return train, notes.has_patients

@@ -157,29 +157,41 @@ class EvaluationSettings(Settings):
     pooled_reference: bool  # a sweep also trains on the pooled notes, without privacy
 
 
-class RunSettings(Settings):
-    """Everything ``wardround simulate`` needs: one object, one run."""
+class TrainingSettings(Settings):
+    """What a coordinator decides: everything that the rounds need, and nothing about notes."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    runs: Path  # folder in which run folders are made
-    resume: Path | None = None
     model: ModelSettings
     adapter: AdapterSettings
     privacy: PrivacySettings
     optimizer: OptimizerSettings
     federation: FederationSettings
     strategy: StrategySettings
+
+    @model_validator(mode="after")
+    def _strategy_fits_adapter(self) -> TrainingSettings:
+        if self.strategy.name in ("ffa", "fedsvd") and self.adapter.train != "B":
+            raise ValueError(
+                f"strategy.name={self.strategy.name} needs adapter.train=B (a shared, frozen A)"
+            )
+        return self
+
+
+class RunSettings(TrainingSettings):
+    """Everything ``wardround simulate`` needs: one object, one run."""
+
+    runs: Path  # folder in which run folders are made
+    resume: Path | None = None
     notes: NotesSettings
     hospitals: HospitalsSettings
     alignment: AlignmentSettings
     evaluation: EvaluationSettings
 
     @model_validator(mode="after")
-    def _consistent(self) -> RunSettings:
-        if self.strategy.name in ("ffa", "fedsvd") and self.adapter.train != "B":
+    def _enough_hospitals(self) -> RunSettings:
+        sites = 1 if self.hospitals.layout == "pooled" else self.hospitals.count
+        if self.federation.min_hospitals > sites:
             raise ValueError(
-                f"strategy.name={self.strategy.name} needs adapter.train=B (a shared, frozen A)"
+                f"federation.min_hospitals={self.federation.min_hospitals}: there are {sites}"
             )
-        if self.federation.min_hospitals > self.hospitals.count and self.hospitals.layout != "pooled":
-            raise ValueError("federation.min_hospitals must not exceed hospitals.count")
         return self

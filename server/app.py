@@ -37,4 +37,4 @@ def main(grid: Grid, context: Context) -> None:
         def report(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total)
 
-        federate(grid, folder.settings(), folder, STOP, report)
+        federate(grid, folder.training(), folder, STOP, report)

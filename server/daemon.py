@@ -54,8 +54,7 @@ class _Flower:
     def require_alive(self) -> None:
         for log, process in self.running.items():
             if process.poll() is not None:
-                end = processes.last_lines(log)
-                raise DaemonError(f"Flower ended with status {process.returncode}, see {log}:\n{end}")
+                raise DaemonError(f"{log.stem} ended with status {process.returncode}, see {log}")
 
 
 def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool:
@@ -77,7 +76,7 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
     KeyboardInterrupt
         Ctrl-C or SIGTERM, after everything has been stopped.
     """
-    run = folder.settings()
+    run = folder.training()
     state = processes.private_folder(settings.state)
     settings.sites.mkdir(parents=True, exist_ok=True)
     with processes.sigterm_like_ctrl_c(), ExitStack() as stack:

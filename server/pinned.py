@@ -9,7 +9,6 @@ on ``PATH``) and refuses every run but the submitted one. That run's bundle carr
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from importlib import import_module
@@ -19,6 +18,8 @@ from typing import Any
 from flwr.cli.install import install_from_fab
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli import flwr_serverapp
+
+import processes
 
 # By name: the package shows the function of the same name in place of the module.
 runtime = import_module("flwr.superlink.runtime.run_serverapp")
@@ -33,9 +34,7 @@ class ForeignRunError(RuntimeError):
 
 def main() -> None:
     """Entry point, with the arguments of Flower's own ``flwr-serverapp``."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request otherwise
-    logging.getLogger("flwr").propagate = False  # it prints its own lines
+    processes.log_to_stderr()
     if "install_from_fab" not in runtime.run_serverapp.__code__.co_names:
         raise RuntimeError("this release of Flower loads the ServerApp in an unknown way")
     setattr(runtime, "install_from_fab", _install_submitted)  # noqa: B010

@@ -86,6 +86,7 @@ class ReleaseFacts:
     alignment: AlignmentFacts | None = None
     evaluation: tuple[Score, ...] = ()
     simulated: bool = False  # every hospital and patient is simulated
+    pooled: bool = False  # the notes were brought together: a reference, not a federation
     versions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:

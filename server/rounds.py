@@ -21,7 +21,7 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
 from adapters.wire import pack_task, size_bytes
-from conf.schema import RunSettings
+from conf.schema import TrainingSettings
 from server.acceptance import accept, one_reply_each
 from server.run_folder import RunFolder, write_atomically
 from strategies.base import MergeError
@@ -38,7 +38,7 @@ class RoundFailed(RuntimeError):
 
 
 def federate(
-    grid: Grid, settings: RunSettings, folder: RunFolder, stop: threading.Event, report: Report
+    grid: Grid, settings: TrainingSettings, folder: RunFolder, stop: threading.Event, report: Report
 ) -> Adapter:
     """Run all rounds that are not finished yet and return the last merged adapter.
 
@@ -87,7 +87,7 @@ def federate(
     return folder.global_adapter()
 
 
-def _starting_point(settings: RunSettings, folder: RunFolder) -> str:
+def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:
     """Make the public starting adapter once; return the fingerprint of the base model."""
     known = folder.path / "base_model.txt"
     if not known.exists():
@@ -95,13 +95,13 @@ def _starting_point(settings: RunSettings, folder: RunFolder) -> str:
         fingerprint = base.fingerprint
         shape = settings.adapter
         spec = AdapterSpec(shape.rank, shape.alpha, shape.targets)
-        lora.initial(base.model, spec, settings.seed).save(folder.adapter_folder(0), base.folder)
+        lora.initial(base.model, spec, settings.seed).save(folder.adapter_folder(0))
         write_atomically(known, fingerprint + "\n")
     return known.read_text().strip()
 
 
 def _wait_for_nodes(
-    grid: Grid, settings: RunSettings, deadline: float, stop: threading.Event, report: Report
+    grid: Grid, settings: TrainingSettings, deadline: float, stop: threading.Event, report: Report
 ) -> list[int]:
     """Ids of all connected hospitals, once there are enough of them."""
     needed = settings.federation.min_hospitals

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from adapters.adapter import Adapter
-from conf.schema import RunSettings
+from conf.schema import RunSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunFolder:
         """Name of the run, used in plans and ledgers."""
         return self.path.name
 
-    def create(self, settings: RunSettings) -> RunFolder:
+    def create(self, settings: TrainingSettings) -> RunFolder:
         """Make the folder and save the configuration in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
@@ -43,8 +43,17 @@ class RunFolder:
         return self
 
     def settings(self) -> RunSettings:
-        """The configuration the run was started with. Raises FileNotFoundError without one."""
-        return RunSettings.model_validate(yaml.safe_load((self.path / "config.yaml").read_text()))
+        """The configuration a simulation was started with. Raises FileNotFoundError without one."""
+        return RunSettings.model_validate(self._config())
+
+    def training(self) -> TrainingSettings:
+        """The part of the configuration that the rounds need, whoever started the run."""
+        config = self._config()
+        return TrainingSettings(**{name: config[name] for name in TrainingSettings.model_fields})
+
+    def _config(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
+        return loaded
 
     def adapter_folder(self, number: int, name: str = "global") -> Path:
         """Folder of one adapter of round ``number`` (0 is the starting point)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.spatial.distance import jensenshannon
+import numpy as np
 
 # First category of each ICD-10-CM chapter (FY 2026 tabular list), in order, with a plain name.
 _CHAPTERS = (
@@ -56,13 +57,13 @@ def chapter(code: str) -> str:
 
 
 def is_icd10(code: str) -> bool:
-    """True if ``code`` has the form of an ICD-10-CM code; clinosim sometimes writes another name."""
+    """True if ``code`` has the form of an ICD-10-CM code; clinosim at times writes another name."""
     return _FORM.fullmatch(code) is not None
 
 
 @dataclass(frozen=True)
 class CaseMix:
-    """Counts of one export: conditions by ICD-10-CM chapter, notes by type, encounters by service."""
+    """Counts: conditions by ICD-10-CM chapter, notes by LOINC type, encounters by service."""
 
     chapters: Counter[str]
     note_types: Counter[str]
@@ -77,7 +78,7 @@ def resources(export: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def case_mix(export: Path) -> CaseMix:
-    """Count what the export's hospital treats and writes; conditions without a code are left out."""
+    """Count what an export's hospital treats and writes; conditions without a code are left out."""
     codes = (item["code"]["coding"][0]["code"] for item in resources(export, "Condition"))
     notes = [*resources(export, "DocumentReference"), *resources(export, "Composition")]
     encounters = resources(export, "Encounter")
@@ -94,4 +95,8 @@ def distance(one: Counter[str], other: Counter[str]) -> float:
     The square root of the Jensen-Shannon divergence in bits (Endres and Schindelin 2003), a metric.
     """
     kinds = sorted(one.keys() | other.keys())
-    return float(jensenshannon([one[k] for k in kinds], [other[k] for k in kinds], base=2))
+    p, q = (np.array([counts[kind] for kind in kinds], float) for counts in (one, other))
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+    bits = sum(float(np.sum(x[x > 0] * np.log2(x[x > 0] / middle[x > 0]))) for x in (p, q)) / 2
+    return math.sqrt(max(bits, 0.0))  # rounding can leave a hair below zero

@@ -3,8 +3,8 @@
 Only structured records are read (Patient, Encounter, Condition, MedicationRequest), never a note.
 A visit is kept if it has an age of at least one year, a coded diagnosis and a coded medication.
 Names that a sentence cannot carry are left out: those longer than 60 characters, those of three or
-fewer (order shorthand such as "NS"), and the occasions among the ICD-10-CM codes (chapter Z and every
-"Encounter for ..."), which are no diagnoses.
+fewer (order shorthand such as "NS"), and occasions that have an ICD-10-CM code but are no diagnosis
+(chapter Z, and every "Encounter for ...").
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_visits(export: Path) -> list[Visit]:
         if medication.code and _usable(medication.name):
             # Some drugs are ordered under two codes: once is enough for a sentence.
             orders[_target(item["encounter"])].setdefault(medication.name.lower(), medication)
-    visits = {}
+    visits: dict[Visit, None] = {}
     for item in resources(export, "Encounter"):
         who = _target(item["subject"])
         linked = (_target(link["condition"]) for link in item.get("diagnosis", []))
@@ -141,6 +141,6 @@ def _years(born: str, on: str) -> int:
 def _medication(request: dict[str, Any]) -> Medication:
     concept = request["medicationCodeableConcept"]
     code = next((coding["code"] for coding in concept.get("coding", [])), "")
-    dosage = next(iter(request.get("dosageInstruction", [])), {})
-    plain = _DOSE.fullmatch(dosage.get("text") or "")
+    dosages = request.get("dosageInstruction") or [{}]
+    plain = _DOSE.fullmatch(dosages[0].get("text") or "")
     return Medication(code, concept["text"], f"{plain[1]} {plain[2]}" if plain else "")

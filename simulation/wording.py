@@ -38,8 +38,8 @@ def small(value: float | None) -> str:
     """A small number such as a delta or a relative error: 1e-5, 2.4e-3, 0."""
     if value is None or value == 0:
         return NONE if value is None else "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def percent(value: float | None, digits: int = 0) -> str:

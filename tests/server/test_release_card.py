@@ -64,7 +64,7 @@ def test_card_states_every_fact(tmp_path: Path) -> None:
     for fact in (
         FACTS.base_fingerprint, "| rounds | 3 |", "rank 8, alpha 16.0", "one **patient**",
         "adding or removing one patient", "PLD (dp-accounting 0.6.0)", "norm 1.0",
-        "| north | 7.95 | 1.0e-05 | 161 | 512 |",
+        "| north | 7.95 | 1e-05 | 161 | 512 |",
         "| harbor | 5.21 | 2.5e-06 | not public | not public |",
         "24 steps of SFT, then 12 of DPO", "| 23.418 | 14.377 | 14.611 |",
         "| 0.531 | – | 0.812 |", "Not a medical device", "2 hospitals",
@@ -99,6 +99,12 @@ def test_no_alignment_and_no_evaluation_still_make_a_card(tmp_path: Path) -> Non
     assert "| alignment | none |" in text
     assert "## Evaluation" not in text
     assert "All hospitals and patients behind this adapter are simulated." in text
+
+
+def test_a_pooled_reference_is_not_called_a_federation(tmp_path: Path) -> None:
+    text = card(tmp_path, replace(FACTS, pooled=True))
+    assert "brought together in one place" in text
+    assert "sent only adapters" not in text
 
 
 def test_tables_stay_tables_whatever_the_names(tmp_path: Path) -> None:

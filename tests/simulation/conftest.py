@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +59,9 @@ def _round(n: int, **changes: Any) -> Json:
     } | changes
 
 
-@pytest.fixture
-def summary() -> Json:
-    """A fresh, complete summary; tests take parts away."""
+@pytest.fixture(scope="session")
+def example_summary() -> Json:
+    """The complete summary; not to be changed."""
     return {
         "run": "2026-11-21_10-42-07",
         "created": "2026-11-21T10:42:07+00:00",
@@ -140,7 +141,13 @@ def summary() -> Json:
 
 
 @pytest.fixture
-def config() -> Json:
+def summary(example_summary: Json) -> Json:
+    """A copy of the complete summary, from which tests take parts away."""
+    return copy.deepcopy(example_summary)
+
+
+@pytest.fixture(scope="session")
+def example_config() -> Json:
     """The part of a composed configuration that the reports read or compare."""
     return {
         "seed": 7,
@@ -154,11 +161,17 @@ def config() -> Json:
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[[str, Json, Json], Path]:
+def config(example_config: Json) -> Json:
+    """A copy of the configuration, to change."""
+    return copy.deepcopy(example_config)
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Json, Json], Path]:
     """Write a run folder of the given name, summary and configuration."""
 
     def write(name: str, summary: Json, config: Json) -> Path:
-        folder = tmp_path / name
+        folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -126,7 +126,7 @@ def test_share_does_not_depend_on_the_unit_of_gain(gain: float, other: float, un
     assert share(gain, -other) is None
 
 
-_VALUES = st.one_of(st.integers(), st.text(max_size=3), st.none(), st.lists(st.integers()))
+_VALUES = st.sampled_from([0, 1, True, "x", "", None, [1], [1, 2]])
 _CONFIGS = st.recursive(
     st.dictionaries(st.sampled_from("abcd"), _VALUES),
     lambda inner: st.dictionaries(st.sampled_from("abcd"), st.one_of(_VALUES, inner)),

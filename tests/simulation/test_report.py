@@ -81,8 +81,22 @@ def report(make_run: MakeRun, config: Json) -> Callable[[Json], Page]:
     return write
 
 
-def test_page_is_self_contained(make_run: MakeRun, summary: Json, config: Json) -> None:
-    text = write_report(make_run("run", summary, config)).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def text(make_run: MakeRun, example_summary: Json, example_config: Json) -> str:
+    """The report of the complete run."""
+    path = write_report(make_run("run", example_summary, example_config))
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def read(make_run: MakeRun, config: Json) -> Callable[[Json], str]:
+    """The paragraph that tells the outcome of a run."""
+    return lambda summary: wording.reading(load_run(make_run("run", summary, config))).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+
+
+def test_page_is_self_contained(text: str) -> None:
     page = Page(text)
     assert not {"script", "link", "iframe", "img", "object"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
@@ -92,10 +106,8 @@ def test_page_is_self_contained(make_run: MakeRun, summary: Json, config: Json) 
     assert not re.search(r"url\((?!#)", text)
 
 
-def test_ids_are_unique_and_references_resolve(
-    report: Callable[[Json], Page], summary: Json
-) -> None:
-    page = report(summary)
+def test_ids_are_unique_and_references_resolve(text: str) -> None:
+    page = Page(text)
     ids = Counter(a["id"] for _, a in page.tags if "id" in a)
     assert max(ids.values()) == 1
     used = {(a.get("xlink:href") or "")[1:] for _, a in page.tags if a.get("xlink:href")}
@@ -104,10 +116,8 @@ def test_ids_are_unique_and_references_resolve(
     assert used <= set(ids)
 
 
-def test_every_figure_is_there_and_has_alternative_text(
-    report: Callable[[Json], Page], summary: Json
-) -> None:
-    page = report(summary)
+def test_every_figure_is_there_and_has_alternative_text(text: str) -> None:
+    page = Page(text)
     labels = [a["aria-label"] or "" for a in page.all("svg")]
     assert len(labels) == len(page.all("figure")) == 10
     assert all(len(label) > 20 for label in labels)
@@ -116,10 +126,7 @@ def test_every_figure_is_there_and_has_alternative_text(
         assert any(label.startswith(start) for label in labels), start
 
 
-def test_figures_follow_the_theme_of_the_page(
-    make_run: MakeRun, summary: Json, config: Json
-) -> None:
-    text = write_report(make_run("run", summary, config)).read_text(encoding="utf-8")
+def test_figures_follow_the_theme_of_the_page(text: str) -> None:
     used = set(re.findall(r"var\(--([a-z0-9-]+)\)", text))
     style = text[: text.index("</style>")]
     light, _, dark = style.partition("prefers-color-scheme: dark")
@@ -129,10 +136,8 @@ def test_figures_follow_the_theme_of_the_page(
     assert not re.search(r"#0a0b", text)
 
 
-def test_tables_hold_the_numbers_of_the_summary(
-    report: Callable[[Json], Page], summary: Json
-) -> None:
-    page = report(summary)
+def test_tables_hold_the_numbers_of_the_summary(text: str, summary: Json) -> None:
+    page = Page(text)
     for name, hospital in summary["hospitals"].items():
         scores, spent = page.numbers("data-hospital", name)
         assert scores == [hospital[m][s] for m in ("perplexity", "bits_per_char") for s in STAGES]
@@ -146,21 +151,22 @@ def test_tables_hold_the_numbers_of_the_summary(
         assert numbers == list(score.values())
 
 
-def test_reading_tells_the_outcome(report: Callable[[Json], Page], summary: Json) -> None:
-    text = words(report(summary))
-    assert "At every one of the 3 hospitals the merged adapter predicts held-out notes" in text
-    assert "23.4 → 14.4 at north" in text
-    assert "ε = 7.95 of a budget of 8 (δ = 1e-5), at north; no hospital exceeded its budget" in text
-    assert "1 answer was left out" in text
+def test_reading_tells_the_outcome(read: Callable[[Json], str], summary: Json, text: str) -> None:
+    told = read(summary)
+    assert "At every one of the 3 hospitals the merged adapter predicts held-out notes" in told
+    assert "23.4 → 14.4 at north" in told
+    assert "ε = 7.95 of a budget of 8 (δ = 1e-5), at north; no hospital exceeded its budget" in told
+    assert "1 answer was left out" in told
+    assert told in words(Page(text))
 
 
 def test_reading_names_the_hospital_that_got_worse(
-    report: Callable[[Json], Page], summary: Json
+    read: Callable[[Json], str], summary: Json
 ) -> None:
     summary["hospitals"]["valley"]["perplexity"]["merged"] = 31.0
-    text = words(report(summary))
-    assert "At 2 of 3 hospitals" in text
-    assert "It does not at valley." in text
+    told = read(summary)
+    assert "At 2 of 3 hospitals" in told
+    assert "It does not at valley." in told
 
 
 def test_overspending_is_shown(report: Callable[[Json], Page], summary: Json) -> None:
@@ -259,16 +265,18 @@ def test_promise_states_unit_and_accountant(report: Callable[[Json], Page], summ
     assert "A patient with k notes is protected only k times less well" in text
 
 
-@pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'a"b&c', "$x_1^2$", "心臓 病院"])
-def test_names_are_escaped(report: Callable[[Json], Page], summary: Json, name: str) -> None:
-    summary["hospitals"][name] = summary["hospitals"].pop("harbor")
-    summary["notices"] = [f"seen at {name}"]
-    summary["rounds"][0]["left_out"] = {name: "</td><b>late"}
+def test_names_are_escaped(report: Callable[[Json], Page], summary: Json) -> None:
+    names = ["<script>alert(1)</script>", 'a"b&c', "$x_1^2$", "心臓 病院"]
+    one = summary["hospitals"]["north"]
+    summary["hospitals"] |= {name: copy.deepcopy(one) for name in names}
+    summary["notices"] = [f"seen at {name}" for name in names]
+    summary["rounds"][0]["left_out"] = dict.fromkeys(names, "</td><b>late")
     page = report(summary)
     assert not page.all("script")
     assert not page.all("b")
-    assert len(page.numbers("data-hospital", name)) == 2
-    assert f"seen at {name}" in page.text
+    for name in names:
+        assert len(page.numbers("data-hospital", name)) == 2
+        assert f"seen at {name}" in page.text
 
 
 def test_simulated_numbers_are_marked_only_where_they_are(
@@ -282,10 +290,9 @@ def test_simulated_numbers_are_marked_only_where_they_are(
     assert "Known here only because every hospital is simulated" in words(page)
 
 
-def test_same_run_same_page(make_run: MakeRun, summary: Json, config: Json) -> None:
-    folder = make_run("run", summary, config)
-    first = write_report(folder).read_bytes()
-    assert write_report(folder).read_bytes() == first
+def test_same_run_same_page(make_run: MakeRun, summary: Json, config: Json, text: str) -> None:
+    again = write_report(make_run("run", summary, config))
+    assert again.read_text(encoding="utf-8") == text
 
 
 def test_unusable_folder_is_refused_in_one_line(

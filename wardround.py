@@ -1,0 +1,236 @@
+"""The command ``wardround``: one entry for researchers, hospitals and coordinators.
+
+Options are Hydra overrides (``key=value``), composed from ``conf/`` and checked before anything
+runs. A mistake gives one line on standard error and exit code 2; a run that fails gives one line
+and exit code 1; Ctrl-C gives 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from conf.commands import AlignCommand, ClientCommand, EvaluateCommand, ServerCommand
+from conf.load import ConfigError, groups, load, sweep
+from conf.schema import RunSettings
+
+# Flower and the libraries below it read these when they are imported.
+for _name, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+_USAGE = 2
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does, in one line and in full, and the function that does it."""
+
+    line: str
+    text: str
+    run: Callable[[list[str], bool, Console], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    options, overrides = _parser().parse_known_args(arguments)
+    unknown = [o for o in overrides if o.startswith("-")]
+    console = Console(stderr=True)
+    if unknown:
+        return _say(console, f"unknown option {unknown[0]}; see wardround {options.command} --help")
+    _quiet()
+    try:
+        return COMMANDS[options.command].run(overrides, getattr(options, "multirun", False), console)
+    except ConfigError as problem:
+        return _say(console, str(problem), _USAGE)
+    except KeyboardInterrupt:
+        return _say(console, "stopped; nothing that was finished is lost", _INTERRUPTED)
+    except _expected() as problem:
+        return _say(console, str(problem), 1)
+
+
+def _simulate(overrides: list[str], multirun: bool, console: Console) -> int:
+    from simulation.report import print_summary
+    from simulation.run import open_run, simulate
+    from simulation.sweep import run_sweep
+
+    if multirun:
+        run_sweep(sweep(overrides), console)
+        return 0
+    settings, folder = open_run(load("simulate", overrides, RunSettings), overrides)
+    print_summary(simulate(settings, folder, console), console)
+    console.print(f"report: [bold]{escape(str(folder.path / 'report.html'))}[/bold]")
+    return 0
+
+
+def _server(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.daemon import serve
+    from server.run_folder import RunFolder
+
+    command = load("server", overrides, ServerCommand)
+    folder = RunFolder(command.run_dir)
+    if not (folder.path / "config.yaml").exists():
+        folder.create(command)
+    return 0 if serve(command.server, folder, console) else 1
+
+
+def _client(overrides: list[str], multirun: bool, console: Console) -> int:
+    from client.daemon import serve
+
+    command = load("client", overrides, ClientCommand)
+    serve(command.site, command.client, console)
+    return 0
+
+
+def _align(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.alignment.command import run
+
+    folder = run(load("align", overrides, AlignCommand), console)
+    console.print(f"aligned adapter: [bold]{escape(str(folder))}[/bold]")
+    return 0
+
+
+def _evaluate(overrides: list[str], multirun: bool, console: Console) -> int:
+    from client.evaluation import run
+
+    run(load("evaluate", overrides, EvaluateCommand), console)
+    return 0
+
+
+COMMANDS = {
+    "simulate": Command(
+        "many hospitals on this machine, end to end, with a report",
+        """Simulate a federation on this machine through the code that hospitals and coordinators
+run: private training in rounds, merging, alignment (SFT, DPO), evaluation, release, report.
+
+  wardround simulate                                    three simulated hospitals, about 7 minutes
+  wardround simulate strategy=ffa privacy.epsilon=3     another merge, a smaller budget
+  wardround simulate notes=jsonl notes.path=FILE notes.hospital_field=department hospitals.count=4
+  wardround simulate --multirun privacy=none,patient_eps8
+                                                        one report on the price of privacy, and of
+                                                        federation (it adds a pooled reference)
+  wardround simulate resume=runs/20260101-120000        go on after the last finished round""",
+        _simulate,
+    ),
+    "server": Command(
+        "the coordinator: wait for hospitals, run the rounds, merge",
+        """Run the coordinator. It makes certificates at first start (server.state), lets in the
+hospitals whose public keys lie in server.sites, and runs one federation into run_dir.
+
+  wardround server run_dir=runs/first federation.min_hospitals=2
+  wardround server run_dir=runs/first                    again: goes on after the last finished round
+  wardround server server.transport=insecure ...         a test network without TLS, never patients""",
+        _server,
+    ),
+    "client": Command(
+        "a hospital: take part in runs under the site's own policy",
+        """Run a hospital. The site policy (see conf/site/example.yaml) says where the notes and the
+ledger are and what the hospital allows; nothing the coordinator sends can change it.
+
+  wardround client site=/etc/wardround/site.yaml client.server=HOST:PORT client.certificate=ca.pem
+
+At first start it makes the site's key and says where the public half lies: give that file to the
+coordinator, and take the coordinator's ca.pem.""",
+        _client,
+    ),
+    "align": Command(
+        "SFT, then DPO, on top of a merged adapter",
+        """Align an adapter on MediFlow-schema instructions. The result is the exact sum of the
+adapter, the SFT update and the DPO update, as a PEFT folder.
+
+  wardround align adapter=runs/first/adapters/round-002/global out=aligned alignment.path=FOLDER
+  (FOLDER holds mediflow*.jsonl and mediflow_dpo*.jsonl; without it the hub is asked)""",
+        _align,
+    ),
+    "evaluate": Command(
+        "score an adapter on your own notes, on your own machine",
+        """Perplexity and bits per character of base model and adapter on notes that stay here.
+
+  wardround evaluate adapter=release notes=jsonl notes.path=notes.jsonl
+  wardround evaluate adapter=release notes=fhir notes.path=export/ part=held_out""",
+        _evaluate,
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    lines = "\n".join(f"  {name:10} {command.line}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="wardround",
+        formatter_class=plain,
+        usage="wardround COMMAND [key=value ...]",
+        description="Federated, differentially private adaptation of a language model to clinical "
+        f"notes.\n\ncommands:\n{lines}",
+        epilog="wardround COMMAND --help says more about one of them.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    choices = "\n".join(f"  {name + '=':14}{' | '.join(values)}" for name, values in groups().items())
+    for name, command in COMMANDS.items():
+        epilog = "Options are key=value, as in the files under conf/, where each is explained."
+        if name == "simulate":
+            epilog += f"\n\ngroups:\n{choices}"
+        one = commands.add_parser(
+            name,
+            formatter_class=plain,
+            usage=f"wardround {name} [key=value ...]",
+            description=command.text,
+            epilog=epilog,
+        )
+        if name == "simulate":
+            one.add_argument(
+                "--multirun", action="store_true", help="run every combination of key=a,b choices"
+            )
+    return parser
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors whose message is one line for a person; anything else is a defect and shows itself."""
+    from adapters.base_model import ModelError
+    from client.daemon import DaemonError as ClientDaemonError
+    from client.node_key import NodeKeyError
+    from client.notes.load import NotesError
+    from client.site import SiteError
+    from server.alignment.mediflow import InstructionsError
+    from server.certificates import CertificateError
+    from server.daemon import DaemonError
+    from server.rounds import RoundFailed
+    from simulation.cohort import SimulationError
+
+    return (
+        ModelError, ClientDaemonError, NodeKeyError, NotesError, SiteError, InstructionsError,
+        CertificateError, DaemonError, RoundFailed, SimulationError,
+    )  # fmt: skip
+
+
+def _quiet() -> None:
+    """Warnings of the libraries below are theirs; ours are printed by ``logging`` and ``rich``."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _say(console: Console, message: str, code: int = _USAGE) -> int:
+    console.print(f"[bold red]wardround:[/bold red] {escape(message)}", soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
