@@ -96,7 +96,7 @@ def _trust(settings: ClientSettings, state: Path, site: str, console: Console) -
             "ca.pem"
         )
     private, public = node_key.obtain(state, site)
-    console.print(f"Public key for the coordinator to add: [bold]{escape(str(public))}")
+    console.print("Public key for the coordinator to add:", escape(str(public)), soft_wrap=True)
     authority = str(settings.certificate.resolve())
     return ["--root-certificates", authority, "--auth-supernode-private-key", str(private)]
 
@@ -119,7 +119,7 @@ class _Story:
     def tell(self, event: str) -> None:
         self._status.update(escape(event))
         if event != self._told:
-            self._console.print(escape(event))
+            self._console.print(escape(event), soft_wrap=True)
             self._told = event
 
 

@@ -87,11 +87,11 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
         status = stack.enter_context(console.status("starting Flower"))
         _wait(flower, link.ready, "Flower did not answer in time")
         door = _Door(settings.sites, link) if ca else None
-        _gather(link, door, run.federation.min_hospitals, flower, status, console)
+        _gather(link, door, federation.min_hospitals, flower, status, console)
         run_id = link.submit()
         _submitted(state).write_text(str(run_id), encoding="ascii")
         stack.callback(_stop_run, link, run_id)
-        return _follow(link, run_id, folder, run.federation.rounds, flower, status, console)
+        return _follow(link, run_id, folder, federation.rounds, flower, status, console)
 
 
 def _start_flower(
@@ -168,8 +168,9 @@ def _say_how_to_join(settings: ServerSettings, ca: Path | None, console: Console
             f"port {settings.port} can join. Use it on a test network only."
         )
         return
-    console.print(f"Hospitals need this certificate: [bold]{escape(str(ca))}")
-    console.print(f"Put their public keys here, as SITE.pub: [bold]{escape(str(settings.sites))}")
+    console.print("Hospitals need this certificate:", escape(str(ca)), soft_wrap=True)
+    where = escape(str(settings.sites))
+    console.print("Their public keys belong here, as SITE.pub:", where, soft_wrap=True)
 
 
 class _Door:
@@ -212,7 +213,7 @@ def _gather(
     while True:
         flower.require_alive()
         for line in door.admit() if door else ():
-            console.print(escape(line))
+            console.print(escape(line), soft_wrap=True)
         online = link.online()
         for name in (name for name in online if name not in known):
             console.print(f"{escape(name)} connected")

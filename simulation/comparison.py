@@ -24,9 +24,8 @@ from rich.text import Text
 
 from simulation import figures, wording
 from simulation.record import Run, RunRecordError, load_run
-from simulation.report import page
+from simulation.report import REPORT_NAME, page
 
-COMPARISON_NAME = "comparison.html"
 _TOLD = 4  # arms spelled out in the reading
 _PLACES = ("runs", "resume")  # where a run was written; no part of what was compared
 
@@ -223,7 +222,7 @@ def _load(run_folders: Sequence[Path]) -> Comparison:
 
 
 def write_comparison(run_folders: Sequence[Path], out: Path) -> Path:
-    """Write one self-contained page over several finished runs to the file ``out``.
+    """Write one self-contained ``report.html`` over several finished runs into the folder ``out``.
 
     Raises
     ------
@@ -244,9 +243,10 @@ def write_comparison(run_folders: Sequence[Path], out: Path) -> Path:
         pictures=[picture],
         simulated=any(a.run.summary.simulation_only("bits_per_char") for a in comparison.arms),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
-    return out
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / REPORT_NAME
+    path.write_text(html, encoding="utf-8")
+    return path
 
 
 def print_comparison(run_folders: Sequence[Path], console: Console) -> None:

@@ -283,7 +283,7 @@ def discrepancy(summary: Summary) -> Picture | None:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.plot(*zip(*points, strict=True), color=COLOURS["s3"], marker="o")
-        axes.set_ylim(0, max(max(v for _, v in points) * 1.15, 1e-6))
+        axes.set_ylim(0, max(v for _, v in points) * 1.15 or 0.01)
         axes.set_ylabel("relative error")
         whole_rounds(axes)
 

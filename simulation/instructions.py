@@ -1,6 +1,6 @@
 """A small instruction set in MediFlow's schema, true by construction, from structured records.
 
-Three files: ``mediflow.jsonl`` for SFT, ``mediflow_dpo.jsonl`` for DPO, in which ``rejected_output``
+Three files: ``mediflow.jsonl`` for SFT, ``mediflow_dpo.jsonl`` for DPO, where ``rejected_output``
 has the one flaw that ``error_type`` names, and ``held_out.jsonl``, rows like DPO's on other
 patients. Promises: every answer follows from the patient's record (``simulation.tasks``); no
 patient, and no text, is both in ``held_out.jsonl`` and in a training file; the same export and seed
@@ -25,7 +25,7 @@ from simulation.tasks import TASKS, Exchange
 from simulation.visits import Visit, read_visits
 
 _HELD_OUT_PATIENTS = 0.2
-_TRIES = 60  # drawn texts for each row, before the records count as used up
+_FRUITLESS = 1000  # draws without a new row, after which the records count as used up
 _LEVELS = {"moderate": 1.0, "moderate-hard": 2.0, "hard": 3.0, "very hard": 4.0}
 _NOTE_KINDS = {
     "outpatient": "clinical note",
@@ -99,15 +99,18 @@ def _draw(
     """``count`` different rows, the task types in turn, on no text in ``taken``."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     makers = list(TASKS.items())
-    for _ in range(_TRIES * count if visits else 0):
-        if len(rows) == count:
-            break
+    fruitless = 0
+    while visits and len(rows) < count and fruitless < _FRUITLESS:
+        fruitless += 1
         task, make = makers[len(rows) % len(makers)]
         case = compose(rng.choice(visits), rng)
         exchange = make(case, words, rng)
-        if exchange is not None and exchange.input not in taken:
-            row = _row(task, case.visit, exchange)
-            rows.setdefault((exchange.instruction, exchange.input), row)
+        if exchange is None or exchange.input in taken:
+            continue
+        key = (exchange.instruction, exchange.input)
+        if key not in rows:
+            rows[key] = _row(task, case.visit, exchange)
+            fruitless = 0
     if len(rows) < count:
         patients = len({visit.patient for visit in visits})
         raise ValueError(

@@ -254,10 +254,10 @@ def abbreviation_expansion(case: Case, words: Vocabulary, rng: Random) -> Exchan
     other = rng.choice(sorted({full for _, full in ABBREVIATIONS.values()} - {meaning}))
     wrong = [*right[:place], (letters, other), *right[place + 1 :]]
     return Exchange(
-        "Expand every abbreviated diagnosis in the clinical text, as abbreviation: meaning.",
+        "Expand every abbreviated diagnosis in the clinical text. State what each stands for.",
         text,
-        "; ".join(": ".join(pair) for pair in right) + ".",
-        "; ".join(": ".join(pair) for pair in wrong) + ".",
+        "; ".join(" stands for ".join(pair) for pair in right) + ".",
+        "; ".join(" stands for ".join(pair) for pair in wrong) + ".",
         "wrong expansion",
     )
 

@@ -132,8 +132,7 @@ def _privacy(summary: Summary) -> list[str]:
     privacy = summary.privacy
     if not privacy.enabled:
         return [
-            "This run had no privacy: nothing was clipped or noised, "
-            "so nothing is promised to any patient."
+            "This run had no privacy: no noise was added, so nothing is promised to any patient."
         ]
     spent = {n: h.epsilon for n, h in summary.hospitals.items() if h.epsilon is not None}
     if not spent:

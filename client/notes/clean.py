@@ -17,7 +17,7 @@ MAX_ID = 256  # characters; a longer "id" is a wrongly chosen field, perhaps the
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
-_MOST_MARKS = 30  # in a row; Unicode Annex 15, section 13: "no practical consequences" for real text
+_MOST_MARKS = 30  # in a row; no script needs more (Unicode Annex 15, section 13)
 
 
 def clean_text(text: str, min_chars: int, max_chars: int) -> str:
@@ -46,7 +46,7 @@ def clean_id(value: object, field: str) -> str | None:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadRecord(Reason.FIELD_NOT_TEXT.of(field))
-    if isinstance(value, int) and value.bit_length() > MAX_ID or len(str(value)) > MAX_ID:
+    if (isinstance(value, int) and value.bit_length() > MAX_ID) or len(str(value)) > MAX_ID:
         raise BadRecord(Reason.FIELD_TOO_LONG.of(field))
     return " ".join(_normalised(str(value)).split()) or None
 
@@ -60,7 +60,7 @@ def _normalised(text: str) -> str:
 
 
 def _composed(text: str) -> str:
-    """Normal form C. Its cost is quadratic in a run of combining marks, so long runs are refused."""
+    """Normal form C. It is quadratic in a run of combining marks, so long runs are refused."""
     marks = "".join(filter(unicodedata.combining, set(text)))
     if marks and re.search(f"[{re.escape(marks)}]{{{_MOST_MARKS + 1}}}", text):
         raise BadRecord(Reason.ENCODING)

@@ -1,180 +1,212 @@
-"""FHIR R4 bulk export: a folder of NDJSON files, one resource a line.
+"""A FHIR R4 bulk export: a folder of NDJSON files, one resource a line.
 
-Notes are DocumentReference attachments (base64 ``data``, text/plain or HTML) and Compositions
-(nested sections of XHTML). Only the few elements named here are read, so any vendor's export with
-standard resources works; full schema validation would reject notes over elements nobody reads.
-Specification: hl7.org/fhir/R4 (DocumentReference, Composition) and the Bulk Data Access guide.
+Notes are Compositions and DocumentReferences, in that order, then by file name and line; a note's
+id is ``Type/id``. Files are known by the type in their name (``DocumentReference.ndjson``,
+``DocumentReference-1.ndjson``, ``2.DocumentReference.ndjson.gz``). The privacy unit is the person:
+patients that the export links to each other (Patient.link) count as one.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Iterator
-from html.parser import HTMLParser
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+from urllib.parse import unquote
 
-from client.notes.record import NotesError, Raw
-from client.notes.tabular import read_jsonl
+from client.notes.clean import clean_id, clean_text
+from client.notes.fhir_document import (
+    Resource,
+    attachment_text,
+    child,
+    composition_text,
+    decode_base64,
+    is_withdrawn,
+    items,
+    reference_id,
+    string,
+    type_names,
+)
+from client.notes.files import MAX_LINE, read_json_lines, shown
+from client.notes.note import BadRecord, LeftOut, Note, NotesError, Outcome, Reason, Rejected
+from conf.schema import NotesSettings
 
-_BLOCK = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "table", "ul", "ol"}
-_NOT_NOTES = {"entered-in-error", "superseded"}
-Resource = dict[str, Any]
+Kind = Literal["Composition", "DocumentReference", "Encounter", "Patient", "Binary"]
+DOCUMENTS: tuple[Kind, ...] = ("Composition", "DocumentReference")
 
 
-def read_fhir(folder: Path, text_field: str, document_types: tuple[str, ...]) -> Iterator[Raw]:
-    """Every document of the export, DocumentReferences first, in file order.
+@dataclass(frozen=True)
+class _Export:
+    """What documents refer to."""
 
-    Fields: the text, ``subject`` (patient reference), ``id``, and ``department`` and
-    ``serviceProvider`` of the encounter. Raises NotesError when there is no document file.
+    folder: Path
+    person: Mapping[str, str]  # patient id -> the id that stands for the person, where linked
+    encounters: Mapping[str, Resource]
+    binaries: Mapping[str, Resource]
+
+    def fetch(self, url: str) -> bytes:
+        """Bytes behind an attachment's url: a Binary of the export or a file inside its folder.
+
+        Raises BadRecord for everything else; nothing is read from outside, not even by a link.
+        """
+        binary = self.binaries.get(reference_id(url, "Binary") or "")
+        if binary is not None:
+            return decode_base64(string(binary, "data"))
+        try:
+            file = (self.folder / unquote(url)).resolve()
+            inside = file.is_relative_to(self.folder.resolve()) and file.is_file()
+            if inside and file.stat().st_size <= MAX_LINE:
+                return file.read_bytes()
+        except (OSError, ValueError):  # ValueError: a NUL in the url
+            inside = False
+        raise BadRecord(Reason.TOO_LONG if inside else Reason.ATTACHMENT)
+
+
+def read_fhir(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
+    """One outcome for each document, after those for broken lines of what documents refer to.
+
+    Raises NotesError where the path is no folder or has no documents.
     """
-    files = [*_files(folder, "DocumentReference"), *_files(folder, "Composition")]
-    if not files:
+    if not path.is_dir():
+        raise NotesError(f"notes.path={path}: not a folder; a FHIR export is a folder of *.ndjson")
+    if not any(_files(path, kind) for kind in DOCUMENTS):
         raise NotesError(
-            f"notes.path={folder}: no DocumentReference*.ndjson or Composition*.ndjson in it"
+            f"notes.path={path}: no DocumentReference*.ndjson or Composition*.ndjson (.gz) here; "
+            "export these types, with Patient and Encounter"
         )
-    encounters = _encounters(folder)
-    for file in files:
-        for raw in read_jsonl(file, "utf-8"):
-            if raw.fields is None:
-                yield raw
-            elif raw.fields.get("resourceType") not in ("DocumentReference", "Composition"):
-                yield Raw(raw.file, raw.line, None, "not a document resource")
-            elif _wanted(raw.fields, document_types):
-                yield _document(raw, text_field, encounters, folder)
+    rejected: list[Rejected] = []
+    export = _Export(
+        folder=path,
+        person=_persons(_by_id(path, "Patient", rejected)),
+        encounters=_by_id(path, "Encounter", rejected) if settings.hospital_field else {},
+        binaries=_by_id(path, "Binary", rejected),
+    )
+    yield from rejected
+    wanted = {name.casefold() for name in settings.document_types}
+    for kind in DOCUMENTS:
+        for file, line, resource in _resources(path, kind):
+            if isinstance(resource, Reason):
+                yield Rejected(file, line, resource)
+            elif is_withdrawn(resource):
+                yield LeftOut(file, line, Reason.WITHDRAWN)
+            elif wanted and wanted.isdisjoint(type_names(resource)):
+                yield LeftOut(file, line, Reason.OTHER_TYPE)
+            else:
+                yield _document(kind, resource, export, file, line, settings)
 
 
-def _document(raw: Raw, text_field: str, encounters: dict[str, Resource], folder: Path) -> Raw:
-    resource = raw.fields or {}
+def _document(
+    kind: Kind, resource: Resource, export: _Export, file: str, line: int, settings: NotesSettings
+) -> Outcome:
     try:
-        if resource["resourceType"] == "Composition":
-            text: str | None = "\n\n".join(_sections(resource.get("section") or []))
+        note_id = clean_id(resource.get("id"), "id")
+        patient = reference_id(child(resource, "subject").get("reference"), "Patient")
+        if note_id is None or patient is None:
+            missing = "subject.reference" if note_id else "id"
+            raise BadRecord(Reason.FIELD_MISSING.of(missing))
+        text: str | None
+        if kind == "Composition":
+            text = composition_text(resource, settings.max_chars)
         else:
-            text = _attachments(resource.get("content") or [], folder)
-    except (binascii.Error, UnicodeDecodeError):
-        return Raw(raw.file, raw.line, None, "attachment cannot be decoded")
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return Raw(raw.file, raw.line, None, "not a valid document resource")
-    if text is None:
-        return Raw(raw.file, raw.line, None, "no readable text attachment")
-    encounter = encounters.get(_encounter_of(resource), {})
-    fields = {
-        text_field: text,
-        "id": f"{resource['resourceType']}/{resource.get('id') or raw.line}",
-        "subject": _reference(resource.get("subject")),
-        "department": _text(encounter.get("serviceType")),
-        "serviceProvider": _reference(encounter.get("serviceProvider")),
-    }
-    return Raw(raw.file, raw.line, fields)
+            text = attachment_text(resource, export.fetch, settings.encoding, settings.max_chars)
+        if text is None:
+            return LeftOut(file, line, Reason.NO_TEXT)
+        return Note(
+            note_id=f"{kind}/{note_id}",
+            patient_id=export.person.get(patient, patient),
+            text=clean_text(text, settings.min_chars, settings.max_chars),
+            hospital=_hospital(resource, export, settings.hospital_field),
+            origin=f"{file}:{line}",
+        )
+    except BadRecord as bad:
+        return Rejected(file, line, bad.reason)
 
 
-def _wanted(resource: Resource, document_types: tuple[str, ...]) -> bool:
-    if {resource.get("status"), resource.get("docStatus")} & _NOT_NOTES:
-        return False
-    if not document_types:
-        return True
-    kind = resource.get("type") or {}
-    names = {kind.get("text")}
-    names |= {c.get(key) for c in kind.get("coding") or [] for key in ("code", "display")}
-    return bool(names & set(document_types))
+# --- what documents refer to ---
 
 
-def _sections(sections: list[Resource]) -> Iterator[str]:
-    """Title and text of every section, depth first."""
-    for section in sections:
-        body = plain_text((section.get("text") or {}).get("div") or "")
-        title = section.get("title") or ""
-        if body:
-            yield f"{title}: {body}" if title else body
-        yield from _sections(section.get("section") or [])
-
-
-def _attachments(content: list[Resource], folder: Path) -> str | None:
-    """Text of all readable attachments; None when there is none."""
-    parts = []
-    for item in content:
-        attachment = item.get("attachment") or {}
-        kind = (attachment.get("contentType") or "text/plain").partition(";")[0].strip()
-        if kind not in ("text/plain", "text/html", "application/xhtml+xml"):
-            continue
-        if "data" in attachment:
-            raw = base64.b64decode(attachment["data"], validate=True)
-        elif local := _local(attachment.get("url"), folder):
-            raw = local.read_bytes()
-        else:
-            continue
-        text = raw.decode("utf-8")
-        parts.append(text if kind == "text/plain" else plain_text(text))
-    return "\n\n".join(parts) if parts else None
-
-
-def _local(url: str | None, folder: Path) -> Path | None:
-    """A file inside the export that a relative url names; nothing outside it is ever opened."""
-    if not url or "://" in url:
+def _hospital(resource: Resource, export: _Export, field: str | None) -> str | None:
+    """What the note's encounter says about the hospital. Raises BadRecord where nothing does."""
+    if field is None:
         return None
-    path = (folder / url).resolve()
-    return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    named = [child(resource, "encounter"), *items(child(resource, "context").get("encounter"))]
+    for reference in (string(r, "reference") for r in named):
+        encounter = _contained(resource, reference) or export.encounters.get(
+            reference_id(reference, "Encounter") or ""
+        )
+        if encounter and (hospital := _HOSPITAL[field](encounter)):
+            return hospital
+    raise BadRecord(Reason.FIELD_MISSING.of(field))
 
 
-def _encounters(folder: Path) -> dict[str, Resource]:
-    """Encounters by reference; an export without them gives no department."""
+def _contained(resource: Resource, reference: str) -> Resource | None:
+    inner = items(resource.get("contained"))
+    return next((r for r in inner if reference and reference == f"#{string(r, 'id')}"), None)
+
+
+def _department(encounter: Resource) -> str | None:
+    service = child(encounter, "serviceType")
+    names = [string(service, "text"), *(string(c, "display") for c in items(service.get("coding")))]
+    return clean_id(next(filter(None, names), None), "serviceType")
+
+
+def _provider(encounter: Resource) -> str | None:
+    return reference_id(child(encounter, "serviceProvider").get("reference"), "Organization")
+
+
+_HOSPITAL: Mapping[str, Callable[[Resource], str | None]] = {
+    "department": _department,
+    "serviceProvider": _provider,
+}
+
+
+def _persons(patients: Mapping[str, Resource]) -> dict[str, str]:
+    """Patient id -> the first id, in sort order, of the same person; linked patients only.
+
+    Every type of Patient.link (replaced-by, replaces, refer, seealso) states "the same person".
+    """
+    person: dict[str, str] = {}
+
+    def root(patient: str) -> str:
+        while person.get(patient, patient) != patient:
+            patient = person[patient]
+        return patient
+
+    for patient, resource in patients.items():
+        for link in items(resource.get("link")):
+            other = reference_id(child(link, "other").get("reference"), "Patient")
+            if other is not None:
+                first, second = sorted((root(patient), root(other)))
+                person[first] = person[second] = first
+    return {patient: root(patient) for patient in person}
+
+
+# --- files ---
+
+
+def _files(folder: Path, kind: Kind) -> list[Path]:
+    """Files with the type as a word in their name, in name order."""
+    name = re.compile(rf"(?<![A-Za-z]){kind}(?![A-Za-z]).*\.(ndjson|jsonl)(\.gz)?$")
+    return [f for f in sorted(folder.iterdir()) if name.search(f.name) and f.is_file()]
+
+
+def _resources(folder: Path, kind: Kind) -> Iterator[tuple[str, int, Resource | Reason]]:
+    """File name, line and the resource on it, or why there is none. NDJSON is always UTF-8."""
+    for file in _files(folder, kind):
+        for line, resource in read_json_lines(file, "utf-8"):
+            if isinstance(resource, dict) and resource.get("resourceType") != kind:
+                yield shown(file.name), line, Reason.RESOURCE_TYPE
+            else:
+                yield shown(file.name), line, resource
+
+
+def _by_id(folder: Path, kind: Kind, rejected: list[Rejected]) -> dict[str, Resource]:
+    """Resources of a type by id; broken lines are added to ``rejected``."""
     found: dict[str, Resource] = {}
-    for file in _files(folder, "Encounter"):
-        for raw in read_jsonl(file, "utf-8"):
-            if raw.fields and raw.fields.get("id"):
-                found[f"Encounter/{raw.fields['id']}"] = raw.fields
+    for file, line, resource in _resources(folder, kind):
+        if isinstance(resource, Reason):
+            rejected.append(Rejected(file, line, resource))
+        else:
+            found[string(resource, "id")] = resource
     return found
-
-
-def _encounter_of(resource: Resource) -> str:
-    context = resource.get("context")
-    of_document = (context.get("encounter") or [None])[0] if isinstance(context, dict) else None
-    return _reference(resource.get("encounter") or of_document) or ""
-
-
-def _reference(value: Any) -> str | None:
-    return value.get("reference") if isinstance(value, dict) else None
-
-
-def _text(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return None
-    codings = value.get("coding") or [{}]
-    return value.get("text") or codings[0].get("display") or codings[0].get("code")
-
-
-def _files(folder: Path, kind: str) -> list[Path]:
-    """``Kind.ndjson``, ``Kind-1.ndjson``, ``Kind.000.ndjson``, each also with ``.gz``."""
-    names = sorted(p for p in folder.glob(f"{kind}*") if p.name.removesuffix(".gz").endswith(".ndjson"))
-    return [p for p in names if not p.name[len(kind)].isalpha()]
-
-
-def plain_text(markup: str) -> str:
-    """XHTML or HTML as plain text, a line a block."""
-    parser = _PlainText()
-    parser.feed(markup)
-    parser.close()
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
-    return "\n".join(line for line in lines if line)
-
-
-class _PlainText(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self._silent = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._silent += tag in ("script", "style")
-        if tag in _BLOCK:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent -= tag in ("script", "style") and self._silent > 0
-        if tag in _BLOCK:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._silent:
-            self.parts.append(data.replace("\n", " "))

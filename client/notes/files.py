@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 from client.notes.note import NotesError, Reason
 
-MAX_LINE = 64 * 2**20  # bytes; far above any note, so that a file without line ends cannot fill memory
+MAX_LINE = 64 * 2**20  # bytes, far above any note; a file without line ends cannot fill memory
 
 
 def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -27,9 +27,10 @@ def find_files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = [f for f in sorted(path.iterdir()) if f.name.lower().endswith(tuple(suffixes)) and f.is_file()]
+    files = sorted(f for f in path.iterdir() if f.is_file())
+    found = [f for f in files if f.name.lower().endswith(tuple(suffixes))]
     if not found:
-        raise NotesError(f"notes.path={path}: the folder has no file named *{' or *'.join(suffixes)}")
+        raise NotesError(f"notes.path={path}: no file named *{' or *'.join(suffixes)} in it")
     return found
 
 

@@ -1,14 +1,17 @@
-"""Read the notes that a configuration names."""
+"""Notes from any source: ``load_notes`` is what the rest of the client calls.
+
+Guarantee: every record that a reader meets ends as a note, rejected or left out; nothing is lost,
+nothing is read twice under one id, and no log, message or exception holds note text.
+"""
 
 from __future__ import annotations
 
-import codecs
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from client.notes.fhir import read_fhir
-from client.notes.note import NoteSet
-from client.notes.record import NotesError, Raw, collect
+from client.notes.note import LeftOut, Note, NotesError, NoteSet, Outcome, Reason, Rejected
 from client.notes.tabular import read_csv, read_jsonl, read_parquet
 from client.notes.text_folder import read_text_folder
 from conf.schema import NotesSettings
@@ -17,43 +20,107 @@ __all__ = ["NotesError", "load_notes"]
 
 log = logging.getLogger(__name__)
 
-_FOLDERS = ("fhir", "text")
+_READERS: Mapping[str, Callable[[Path, NotesSettings], Iterator[Outcome]]] = {
+    "fhir": read_fhir,
+    "jsonl": read_jsonl,
+    "csv": read_csv,
+    "parquet": read_parquet,
+    "text": read_text_folder,
+}
+# Sources whose fields have fixed names.
+_FIXED: Mapping[str, Mapping[str, tuple[str | None, ...]]] = {
+    "fhir": {
+        "patient_field": (None, "subject"),
+        "note_field": (None, "id"),
+        "hospital_field": (None, "department", "serviceProvider"),
+    },
+    "text": {
+        "patient_field": (None, "folder"),
+        "note_field": (None,),
+        "hospital_field": (None, "folder"),
+    },
+}
 
 
 def load_notes(settings: NotesSettings) -> NoteSet:
-    """All notes of the source; problems are logged by count and place, never by text.
+    """All notes of the source; what was rejected is logged by count and place.
 
-    Raises NotesError with one line when the source is absent, unreadable or without a usable note.
+    FHIR always gives patient ids, whatever ``patient_field`` says. Raises NotesError, one line,
+    where the settings cannot be met, there is no usable note, or ``on_bad_record=refuse`` and a
+    record is bad.
     """
-    path = settings.path
-    if settings.source == "clinosim" or path is None:
-        raise NotesError("notes=clinosim: only `wardround simulate` makes simulated notes")
-    if not path.exists():
-        raise NotesError(f"notes.path={path}: no such file or folder")
-    if (settings.source in _FOLDERS) != path.is_dir():
-        needed = "folder" if settings.source in _FOLDERS else "file"
-        raise NotesError(f"notes.path={path}: notes={settings.source} needs a {needed}")
-    try:
-        codecs.lookup(settings.encoding)
-    except LookupError:
-        raise NotesError(f"notes.encoding={settings.encoding}: no such encoding") from None
-    found = collect(_records(settings), settings)
+    path = _checked_path(settings)
+    outcomes = list(_without_duplicates(_READERS[settings.source](path, settings)))
+    found = NoteSet(
+        notes=tuple(o for o in outcomes if isinstance(o, Note)),
+        rejected=tuple(o for o in outcomes if isinstance(o, Rejected)),
+        has_patients=settings.source == "fhir" or settings.patient_field is not None,
+        left_out=tuple(o for o in outcomes if isinstance(o, LeftOut)),
+    )
+    _require_usable(found, path, settings)
     for problem in found.problems():
-        log.warning("notes left out: %s", problem)
+        log.warning("notes rejected: %s", problem)
     return found
 
 
-def _records(settings: NotesSettings) -> Iterable[Raw]:
-    path = settings.path
-    assert path is not None
-    match settings.source:
-        case "fhir":
-            return read_fhir(path, settings.text_field, settings.document_types)
-        case "jsonl":
-            return read_jsonl(path, settings.encoding)
-        case "csv":
-            return read_csv(path, settings.encoding)
-        case "parquet":
-            return read_parquet(path)
-        case _:
-            return read_text_folder(path, settings.encoding, settings.text_field)
+def _without_duplicates(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Reject notes whose id was already there."""
+    seen: set[str] = set()
+    for outcome in outcomes:
+        if not isinstance(outcome, Note):
+            yield outcome
+        elif outcome.note_id not in seen:
+            seen.add(outcome.note_id)
+            yield outcome
+        else:
+            file, _, line = outcome.origin.rpartition(":")
+            file, _, line = outcome.origin.rpartition(":")
+            if line.isdecimal():
+                yield Rejected(file, int(line), Reason.DUPLICATE)
+            else:  # a file without lines
+                yield Rejected(outcome.origin, None, Reason.DUPLICATE)
+
+
+def _checked_path(settings: NotesSettings) -> Path:
+    """The path, once the settings fit the source. Raises NotesError."""
+    if settings.source == "clinosim" or settings.path is None:
+        raise NotesError(
+            "notes=clinosim: only `wardround simulate` makes simulated notes; set notes.source and "
+            "notes.path to this site's notes"
+        )
+    path = settings.path.expanduser()
+    if not path.exists():
+        raise NotesError(f"notes.path={path}: no such file or folder; point it at your notes")
+    if not _is_encoding(settings.encoding):
+        raise NotesError(f"notes.encoding={settings.encoding}: no such encoding; try utf-8")
+    for field, allowed in _FIXED.get(settings.source, {}).items():
+        value = getattr(settings, field)
+        if value not in allowed:
+            names = ", ".join(name or "null" for name in allowed)
+            raise NotesError(f"notes.{field}={value}: notes={settings.source} allows {names}")
+    if settings.document_types and settings.source != "fhir":
+        raise NotesError("notes.document_types: only notes=fhir knows document types; set []")
+    return path
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        b"note".decode(name)
+    except UnicodeError:
+        return True  # known, if not made for these bytes
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
+def _require_usable(found: NoteSet, path: Path, settings: NotesSettings) -> None:
+    counts = ", ".join(f"{count} {reason}" for reason, count in found.counts().most_common())
+    if found.rejected and settings.on_bad_record == "refuse":
+        first = found.rejected[0]
+        raise NotesError(
+            f"notes.path={path}: {first}: {first.reason}; {len(found.rejected)} of {found.records} "
+            f"records rejected ({counts}); repair them or set notes.on_bad_record=skip"
+        )
+    if not found.notes:
+        hint = f" ({counts}); check notes.*_field, notes.encoding and lengths" if counts else ""
+        raise NotesError(f"notes.path={path}: no usable note among {found.records} records{hint}")

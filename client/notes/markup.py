@@ -23,11 +23,11 @@ _TOKEN = re.compile(
     """,
     re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
-_BLOCKS = frozenset(
-    "address article blockquote body br caption dd div dl dt fieldset figure footer form "
-    "h1 h2 h3 h4 h5 h6 head header hr html li main nav ol p pre section table tbody tfoot thead "
-    "title tr ul".split()
-)
+_BLOCKS = frozenset({
+    "address", "article", "blockquote", "body", "br", "caption", "dd", "div", "dl", "dt", "figure",
+    "footer", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr", "html", "li", "main",
+    "ol", "p", "pre", "section", "table", "tbody", "tfoot", "thead", "title", "tr", "ul",
+})  # fmt: skip
 _SPACES = re.compile(r"[^\S\n]+")
 
 

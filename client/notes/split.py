@@ -13,17 +13,16 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
-from client.notes.note import Note
-
-Units = dict[str, tuple[Note, ...]]
+from client.notes.note import Note, Units
 
 
 def split_units(
-    units: Mapping[str, tuple[Note, ...]], holdout: float, salt: str
+    units: Mapping[str, tuple[Note, ...]], holdout: float, salt: str = ""
 ) -> tuple[Units, Units]:
     """Units to train on and units held out, each in the order given.
 
-    ``holdout`` is a share above 0 and below 1; ValueError otherwise.
+    Sites that may see the same patient need the same ``salt``: it is what keeps the patient on one
+    side everywhere. ``holdout`` is a share above 0 and below 1; ValueError otherwise.
     """
     if not 0 < holdout < 1:
         raise ValueError(f"holdout={holdout}: must be above 0 and below 1")

@@ -1,8 +1,8 @@
 """JSON lines, CSV and Parquet: one record a note, its fields named in the settings.
 
-A record without its text, or without a configured patient or note id, is rejected; one without a
-hospital keeps ``hospital=None``. Where no note id is configured the id is ``file:line``, which stays
-the same while the file is only added to. In JSON a dotted name reaches into nested objects.
+A record without one of the configured fields is rejected. Where no field for the note's id is
+configured the id is ``file:line``, which stays the same while the file is only added to. In JSON a
+dotted name reaches into nested objects.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNDECODABLE = "\udcff"  # a lone surrogate: clean_text and clean_id reject it a
 
 
 def read_jsonl(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
-    """One outcome for each line that is not blank; a folder's ``*.jsonl`` and ``*.ndjson`` (.gz)."""
+    """One outcome for each line that is not blank; in a folder, of ``*.jsonl`` and ``*.ndjson``."""
     _require_line_encoding(settings)
     for file in find_files(path, (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")):
         for line, record in read_json_lines(file, settings.encoding):
@@ -35,7 +35,7 @@ def read_jsonl(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
 
 
 def read_csv(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
-    """One outcome for each row below a header line; a folder's ``*.csv`` and ``*.tsv`` (.gz).
+    """One outcome for each row below a header line; in a folder, of ``*.csv`` and ``*.tsv``.
 
     The delimiter (comma, semicolon, tab or bar) is the one that splits the header into the
     configured fields. A row that breaks the quoting rules is rejected with all lines it took.
@@ -48,7 +48,7 @@ def read_csv(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
 
 
 def read_parquet(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
-    """One outcome for each row; a folder's ``*.parquet``. Raises NotesError as ``read_csv`` does."""
+    """One outcome for each row; in a folder, of ``*.parquet``. Raises as ``read_csv`` does."""
     for file in find_files(path, (".parquet",)):
         yield from _parquet_rows(file, settings)
 
@@ -65,8 +65,8 @@ def _outcome(record: Record | Reason, file: str, line: int, settings: NotesSetti
         if not isinstance(text, str):
             raise BadRecord(Reason.FIELD_NOT_TEXT.of(settings.text_field))
         return Note(
-            note_id=_required_id(record, settings.note_field) or place,
-            patient_id=_required_id(record, settings.patient_field),
+            note_id=_id(record, settings.note_field) or place,
+            patient_id=_id(record, settings.patient_field),
             text=clean_text(text, settings.min_chars, settings.max_chars),
             hospital=_id(record, settings.hospital_field),
             origin=place,
@@ -84,12 +84,11 @@ def _field(record: Record, name: str) -> object:
 
 
 def _id(record: Record, field: str | None) -> str | None:
-    return clean_id(_field(record, field), field) if field else None
-
-
-def _required_id(record: Record, field: str | None) -> str | None:
-    found = _id(record, field)
-    if field and found is None:
+    """The id or name under a configured field; None where no field is configured."""
+    if not field:
+        return None
+    found = clean_id(_field(record, field), field)
+    if found is None:
         raise BadRecord(Reason.FIELD_MISSING.of(field))
     return found
 
@@ -240,7 +239,7 @@ def _require_fields(names: Collection[str], file: Path, settings: NotesSettings)
     no header line they are its first note."""
     for setting, field in _configured(settings).items():
         if field not in names:
-            raise NotesError(f"{file}: no column {field!r}; set notes.{setting} to a column of the file")
+            raise NotesError(f"{file}: no column {field!r}; set notes.{setting} to a column")
 
 
 def _require_line_encoding(settings: NotesSettings) -> None:

@@ -19,7 +19,9 @@ from conf.schema import NotesSettings
 def read_text_folder(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
     """One outcome for each ``*.txt`` file at any depth, in path order. Raises NotesError."""
     if not path.is_dir():
-        raise NotesError(f"notes.path={path}: not a folder; notes.source=text reads *.txt in a folder")
+        raise NotesError(
+            f"notes.path={path}: not a folder; notes=text reads the *.txt files of one"
+        )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".txt" and f.is_file())
     if not files:
         raise NotesError(f"notes.path={path}: the folder and those in it have no *.txt file")
@@ -40,7 +42,7 @@ def _outcome(file: Path, relative: Path, settings: NotesSettings) -> Outcome:
 
 
 def _folder(folders: list[str], setting: str, value: str | None) -> str | None:
-    """Take the next folder name if the setting asks for it. Raises BadRecord where there is none."""
+    """Take the next folder name if the setting asks for it; BadRecord where there is none."""
     if value is None:
         return None
     name = clean_id(shown(folders.pop(0)), setting) if folders else None

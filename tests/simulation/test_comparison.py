@@ -148,7 +148,9 @@ def test_page_shows_gains_shares_and_differing_keys(
     arm: Callable[..., Path], tmp_path: Path
 ) -> None:
     folders = [arm("private", 0.6), arm("open", 0.8, False)]
-    text = write_comparison(folders, tmp_path / "deep" / "comparison.html").read_text("utf-8")
+    path = write_comparison(folders, tmp_path / "sweep")
+    assert path == tmp_path / "sweep" / "report.html"
+    text = path.read_text("utf-8")
     for folder in folders:
         for gain in gains(load_run(folder)).values():
             assert f'<data value="{gain}">{gain:.3f}</data>' in text
@@ -175,4 +177,4 @@ def test_terminal_table(arm: Callable[..., Path]) -> None:
 
 def test_one_run_is_no_comparison(arm: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(RunRecordError, match="at least 2 runs"):
-        write_comparison([arm("only", 1.0)], tmp_path / "comparison.html")
+        write_comparison([arm("only", 1.0)], tmp_path)

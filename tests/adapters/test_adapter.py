@@ -1,0 +1,147 @@
+"""An adapter as a value and as a PEFT folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from adapters import lora
+from adapters.adapter import Adapter, AdapterSpec, sum_exactly
+from adapters.lowrank import LowRank
+
+SPEC = AdapterSpec(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
+IDS = torch.tensor([[5, 9, 40, 41, 7, 3]])
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def random_adapter(model: torch.nn.Module, seed: int, spec: AdapterSpec = SPEC) -> Adapter:
+    start = lora.initial(model, spec, seed)
+    g = torch.Generator().manual_seed(seed)
+    layers = {
+        n: LowRank(torch.randn(u.B.shape, generator=g) * 0.1, u.A) for n, u in start.layers.items()
+    }
+    return Adapter(spec, layers)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
+    model = load(tiny_model)
+    adapter = random_adapter(model, 1)
+    adapter.save(tmp_path, "some/base")
+    with lora.folded(model, adapter):
+        folded = logits(model)
+    through_peft = logits(PeftModel.from_pretrained(load(tiny_model), tmp_path).eval())
+    assert torch.allclose(folded, through_peft, atol=1e-5)
+    assert not torch.allclose(folded, logits(model), atol=1e-3)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+
+
+def test_round_trip_through_the_file_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(load(tiny_model), 2)
+    again = Adapter.load(adapter.save(tmp_path))
+    assert again.spec == adapter.spec
+    assert again.fingerprint() == adapter.fingerprint()
+
+
+def test_attach_read_write_and_detach_leave_the_base_alone(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    before = logits(model)
+    adapter = random_adapter(model, 3)
+    live = lora.attach(model, SPEC, "B")
+    lora.write(live, adapter)
+    assert lora.read(live, SPEC).fingerprint() == adapter.fingerprint()
+    trained = [n for n, p in live.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_B" in n for n in trained)
+    assert torch.equal(logits(lora.detach(live)), before)
+
+
+def test_folded_restores_the_weights_bit_for_bit_even_after_an_error(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    before = logits(model)
+    with pytest.raises(KeyError), lora.folded(model, random_adapter(model, 4)):
+        raise KeyError
+    assert torch.equal(logits(model), before)
+
+
+def test_starting_point_is_zero_shared_and_orthonormal(tiny_model: Path) -> None:
+    one = lora.initial(load(tiny_model), SPEC, seed=7)
+    again = lora.initial(load(tiny_model), SPEC, seed=7)
+    other = lora.initial(load(tiny_model), SPEC, seed=8)
+    assert one.fingerprint() == again.fingerprint() != other.fingerprint()
+    for layer in one.layers.values():
+        assert not layer.B.any()
+        assert torch.allclose(layer.A @ layer.A.T, torch.eye(4), atol=1e-6)
+
+
+def test_sum_of_mixed_ranks_is_exact(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    small = random_adapter(model, 5)
+    big = random_adapter(model, 6, AdapterSpec(7, 3.0, ("q_proj", "o_proj")))
+    total = sum_exactly([small, big])
+    assert total.spec.rank == 11
+    assert total.spec.targets == ("o_proj", "q_proj", "v_proj")
+    with lora.folded(model, small), lora.folded(model, big):
+        apart = logits(model)
+    with lora.folded(model, total):
+        assert torch.allclose(logits(model), apart, atol=1e-5)
+
+
+def test_gpt2_weights_are_transposed_when_folded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=60, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    spec = AdapterSpec(2, 4.0, ("c_attn", "c_proj"))
+    adapter = random_adapter(model, 1, spec)
+    with lora.folded(model, adapter):
+        folded = logits(model)
+    live = lora.attach(model, spec)
+    lora.write(live, adapter)
+    assert torch.allclose(logits(live), folded, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "option", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}]
+)
+def test_what_the_algebra_cannot_represent_is_refused(
+    tiny_model: Path, tmp_path: Path, option: dict[str, object]
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **option)
+    get_peft_model(load(tiny_model), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("targets", [("nothing",), ("embed_tokens",), ("q_proj", "embed_tokens")])
+def test_targets_that_are_no_linear_layers_are_refused(tiny_model: Path, targets: tuple[str, ...]) -> None:
+    with pytest.raises(lora.UnsupportedAdapter, match="targets"):
+        lora.attach(load(tiny_model), AdapterSpec(2, 4.0, targets))
+
+
+def test_tensors_that_do_not_fit_are_refused(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    adapter = random_adapter(model, 1)
+    flat = adapter.tensors()
+    name = next(iter(flat))
+    with pytest.raises(ValueError, match="missing"):
+        Adapter.from_tensors({k: v for k, v in flat.items() if k != name}, SPEC)
+    with pytest.raises(ValueError, match="plain LoRA factor"):
+        Adapter.from_tensors({**flat, "x.bias": torch.ones(1)}, SPEC)
+    with pytest.raises(ValueError, match="rank"):
+        Adapter.from_tensors(flat, AdapterSpec(5, 8.0, SPEC.targets))
+    live = lora.attach(model, SPEC)
+    fewer = Adapter(SPEC, dict(list(adapter.layers.items())[1:]))
+    with pytest.raises(ValueError, match="differ"):
+        lora.write(live, fewer)

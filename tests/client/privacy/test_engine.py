@@ -1,0 +1,218 @@
+"""The private gradient: against a loop of single notes, and the promises it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from adapters import lora
+from adapters.adapter import AdapterSpec
+from adapters.base_model import load_base
+from adapters.likelihood import note_losses, pad_right, token_losses
+from client.privacy.engine import (
+    GradientError,
+    clip_factors,
+    clipped_sum,
+    noised_mean,
+    per_note_gradients,
+    trained_parameters,
+    unit_gradients,
+)
+from client.privacy.randomness import SecureRandomness
+from conf.schema import ModelSettings
+
+UNITS = [
+    [[4, 8, 15, 16, 23, 42, 5, 6], [9, 2, 2, 41]],
+    [[7, 7, 3]],
+    [[11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]],
+    [[30, 31], [32, 33, 34], [35, 36, 37, 38, 39]],
+]
+
+
+def prepare(settings_: ModelSettings, spec: AdapterSpec, train: str) -> PeftModel:
+    """A model whose LoRA is not at its starting point, so that every factor has a gradient."""
+    model = lora.attach(load_base(settings_).model, spec, train)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module", params=["B", "both"])
+def model(request: pytest.FixtureRequest, tiny_model: Path) -> PeftModel:
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    source = ModelSettings(source="path", path=str(tiny_model))
+    return prepare(source, AdapterSpec(3, 6.0, targets), request.param)
+
+
+def loop_gradients(model: PeftModel, units: list[list[list[int]]]) -> dict[str, torch.Tensor]:
+    """One note at a time, no padding, no hooks: the definition."""
+    out: dict[str, list[torch.Tensor]] = {name: [] for name in trained_parameters(model)}
+    for unit in units:
+        model.zero_grad(set_to_none=True)
+        for row in unit:
+            (note_losses(model, *pad_right([row])).sum() / len(unit)).backward()
+        for name, p in trained_parameters(model).items():
+            out[name].append(p.grad.clone())
+    model.zero_grad(set_to_none=True)
+    return {name: torch.stack(g) for name, g in out.items()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[n].double() - other[n].double()).abs().max()) for n in one)
+
+
+def size(gradient: dict[str, torch.Tensor]) -> float:
+    return float(sum(g.double().square().sum() for g in gradient.values())) ** 0.5
+
+
+def test_unit_gradients_equal_a_loop_of_single_notes(model: PeftModel) -> None:
+    with per_note_gradients(model):
+        batched = unit_gradients(model, UNITS)
+    assert difference(batched, loop_gradients(model, UNITS)) < 1e-6
+    assert all(float(g.abs().max()) > 0 for g in batched.values())
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.permutations(UNITS), st.integers(1, 5))
+def test_sum_does_not_depend_on_order_or_micro_batching(
+    model: PeftModel, units: list[list[list[int]]], micro: int
+) -> None:
+    assert difference(clipped_sum(model, units, 0.5, micro), clipped_sum(model, UNITS, 0.5, 99)) < 1e-6
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(2, 250), min_size=2, max_size=9), min_size=1, max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([1e-3, 0.05, 1.0]),
+)
+def test_one_unit_moves_the_sum_by_at_most_C(
+    model: PeftModel, units: list[list[list[int]]], clip: float
+) -> None:
+    with_it, without = clipped_sum(model, units, clip, 2), clipped_sum(model, units[1:], clip, 2)
+    moved = size({n: with_it[n] - without[n] for n in with_it})
+    assert moved <= clip * (1 + 1e-5)
+    own = size({n: g[0] for n, g in loop_gradients(model, units[:1]).items()})
+    assert moved == pytest.approx(min(own, clip), rel=1e-3)  # the bound is reached, not just kept
+
+
+def test_small_gradients_are_not_clipped(model: PeftModel) -> None:
+    with per_note_gradients(model):
+        gradients = unit_gradients(model, UNITS)
+    assert torch.equal(clip_factors(gradients, 1e6), torch.ones(len(UNITS), dtype=torch.float64))
+    expected = {n: g.double().sum(0) for n, g in gradients.items()}
+    assert difference(clipped_sum(model, UNITS, 1e6, 2), expected) < 1e-6
+
+
+def test_an_empty_batch_is_a_noise_only_step(model: PeftModel) -> None:
+    total = clipped_sum(model, [], 1.0, 4)
+    assert all(not t.any() for t in total.values())
+    released = noised_mean(total, 2.0, 10, SecureRandomness().normal)
+    assert all(t.any() for t in released.values())
+
+
+def test_hooks_are_gone_and_dropout_stays_off_afterwards(model: PeftModel) -> None:
+    with per_note_gradients(model):
+        pass
+    assert not hasattr(model, "autograd_grad_sample_hooks")
+    assert not any(m.training for m in model.modules())
+    note_losses(model, *pad_right([[3, 4, 5]])).sum().backward()
+    assert all(getattr(p, "grad_sample", None) is None for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step(tiny_model: Path) -> None:
+    source = ModelSettings(source="path", path=str(tiny_model))
+    model = prepare(source, AdapterSpec(2, 4.0, ("q_proj",)), "B")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("inf"))
+    with pytest.raises(GradientError, match="not finite"):
+        clipped_sum(model, UNITS, 1.0, 2)
+
+
+def test_noise_has_the_standard_deviation_asked_for() -> None:
+    total = {"w": torch.zeros(400, 500, dtype=torch.float64)}
+    noise = noised_mean(total, 3.0, 2, SecureRandomness().normal)["w"] * 2
+    assert float(noise.std()) == pytest.approx(3.0, rel=0.01)
+    assert abs(float(noise.mean())) < 5 * 3.0 / 200_000**0.5
+    again = noised_mean(total, 3.0, 2, SecureRandomness().normal)["w"] * 2
+    assert not torch.equal(noise, again)
+    assert abs(float((noise * again).mean())) < 5 * 9.0 / 200_000**0.5
+
+
+def test_the_denominator_is_the_constant_given_not_the_batch() -> None:
+    total = {"w": torch.full((2, 3), 12.0, dtype=torch.float64)}
+    assert torch.equal(noised_mean(total, 0.0, 24, None)["w"], torch.full((2, 3), 0.5).double())
+
+
+def test_noise_without_a_source_and_a_source_without_noise_are_refused() -> None:
+    total = {"w": torch.zeros(2, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="go together"):
+        noised_mean(total, 1.0, 1, None)
+    with pytest.raises(ValueError, match="go together"):
+        noised_mean(total, 0.0, 1, lambda n: np.zeros(n))
+
+
+NOTES = [
+    ["The patient was seen in clinic today for follow-up of hypertension and type 2 diabetes."],
+    [
+        "Chest pain for two days, worse on exertion. Aspirin 81 mg daily was started.",
+        "Discharged home in stable condition.",
+    ],
+    ["No acute distress. Lungs clear to auscultation bilaterally. Review in four weeks, or sooner."],
+]
+
+
+def test_embedded_model_equals_the_loop_and_moves_every_trained_tensor() -> None:
+    base = load_base(ModelSettings(source="smollm2"))
+    spec = AdapterSpec(8, 16.0, ("q_proj", "v_proj"))
+    start = lora.initial(base.model, spec, seed=1)
+    real_model = lora.attach(base.model, spec, "both")
+    lora.write(real_model, start)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # away from B = 0, where A has no gradient
+        for name, p in real_model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.005)
+    units = [[base.tokenizer(note).input_ids for note in notes] for notes in NOTES]
+    with per_note_gradients(real_model):
+        batched = unit_gradients(real_model, units)
+    assert difference(batched, loop_gradients(real_model, units)) < 1e-5
+    before = {n: p.detach().clone() for n, p in trained_parameters(real_model).items()}
+    released = noised_mean(clipped_sum(real_model, units, 1.0, 2), 0.0, 3, None)
+    optimizer = torch.optim.SGD(trained_parameters(real_model).values(), lr=1.0)
+    for name, p in trained_parameters(real_model).items():
+        p.grad = released[name].float()
+    optimizer.step()
+    still = [n for n, p in trained_parameters(real_model).items() if torch.equal(p, before[n])]
+    assert still == []
+
+
+def test_batch_averaged_loss_would_break_the_promise(model: PeftModel) -> None:
+    """Sabotage: with the loss that averages over the batch's tokens, batch mates change a gradient."""
+
+    def gradients(rows: list[list[int]]) -> torch.Tensor:
+        ids, lengths = pad_right(rows)
+        with per_note_gradients(model):
+            losses, mask = token_losses(model, ids, lengths)
+            (losses.sum() / mask.sum() * len(rows)).backward()
+            first = [p.grad_sample[0].clone() for p in trained_parameters(model).values()]
+        for p in model.parameters():
+            p.grad_sample = None
+        return torch.cat([g.flatten() for g in first])
+
+    alone, accompanied = gradients([UNITS[0][0]]), gradients([UNITS[0][0], UNITS[1][0]])
+    assert float((alone - accompanied).norm() / alone.norm()) > 0.05

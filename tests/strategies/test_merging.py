@@ -1,0 +1,187 @@
+"""Every strategy: exactness where declared, and the properties any merge must have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import LowRank, stack
+from strategies.base import MergeError, discrepancy, factor_means, product_means
+from strategies.registry import get_strategy
+
+SPEC = AdapterSpec(rank=3, alpha=6.0, targets=("q", "v"))
+NAMES = {"l0.q": (8, 7), "l0.v": (5, 7)}
+ALL = ("product_mean", "fedavg", "ffa", "fedsvd")
+SHARED = ("ffa", "fedsvd")
+
+
+def hospitals(count: int, seed: int, shared: bool) -> list[Adapter]:
+    """Random adapters; with ``shared`` they hold one orthonormal A."""
+    g = torch.Generator().manual_seed(seed)
+    A = {n: torch.linalg.qr(torch.randn(w, 3, generator=g)).Q.T for n, (_, w) in NAMES.items()}
+    made = []
+    for _ in range(count):
+        layers = {
+            n: LowRank(
+                torch.randn(m, 3, generator=g), A[n] if shared else torch.randn(3, w, generator=g)
+            )
+            for n, (m, w) in NAMES.items()
+        }
+        made.append(Adapter(SPEC, layers))
+    return made
+
+
+def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {n: d.double().dense() for n, d in adapter.deltas().items()}
+
+
+def close(one: Adapter, other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(v, other[n], atol=tolerance, rtol=tolerance) for n, v in dense(one).items())
+
+
+def mean_of_products(adapters: list[Adapter], weights: list[float]) -> dict[str, torch.Tensor]:
+    return {n: sum(w * dense(a)[n] for a, w in zip(adapters, weights, strict=True)) for n in NAMES}
+
+
+weights_of = st.lists(st.floats(0.1, 1.0), min_size=2, max_size=5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(weights_of, st.integers(0, 10**6), st.sampled_from(["product_mean", *SHARED]))
+def test_exact_strategies_give_the_weighted_mean_of_products_under_a_shared_factor(
+    raw: list[float], seed: int, name: str
+) -> None:
+    weights = [w / sum(raw) for w in raw]
+    adapters = hospitals(len(weights), seed, shared=True)
+    merge = get_strategy(name).merge(adapters, weights)
+    assert close(merge.adapter, mean_of_products(adapters, weights))
+    assert merge.discrepancy < 1e-6
+    assert merge.kept_energy == pytest.approx(1.0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(weights_of, st.integers(0, 10**6))
+def test_product_mean_is_the_best_approximation_of_its_rank(raw: list[float], seed: int) -> None:
+    weights = [w / sum(raw) for w in raw]
+    adapters = hospitals(len(weights), seed, shared=False)
+    merge = get_strategy("product_mean").merge(adapters, weights)
+    exact = mean_of_products(adapters, weights)
+    got = dense(merge.adapter)
+    kept = []
+    for n, target in exact.items():
+        values = torch.linalg.svdvals(target).square()
+        assert float((got[n] - target).square().sum()) == pytest.approx(
+            float(values[SPEC.rank :].sum()), rel=1e-3, abs=1e-6
+        )
+        kept.append(float(values[: SPEC.rank].sum() / values.sum()))
+    assert merge.kept_energy == pytest.approx(min(kept), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_hospital_is_returned_as_it_is(name: str) -> None:
+    adapters = hospitals(1, 3, shared=True)
+    merge = get_strategy(name).merge(adapters, [1.0])
+    assert close(merge.adapter, dense(adapters[0]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_order_of_hospitals_does_not_matter(name: str) -> None:
+    adapters, weights = hospitals(4, 5, shared=True), [0.4, 0.3, 0.2, 0.1]
+    there = get_strategy(name).merge(adapters, weights).adapter
+    back = get_strategy(name).merge(adapters[::-1], weights[::-1]).adapter
+    assert close(there, dense(back))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_identical_hospitals_merge_to_themselves(name: str) -> None:
+    adapter = hospitals(1, 8, shared=True)[0]
+    merge = get_strategy(name).merge([adapter] * 3, [1 / 3] * 3)
+    assert close(merge.adapter, dense(adapter))
+
+
+def test_product_mean_does_not_depend_on_the_gauge_and_fedavg_does() -> None:
+    adapters, weights = hospitals(3, 11, shared=False), [1 / 3] * 3
+    g = torch.Generator().manual_seed(1)
+    turned = []
+    for adapter in adapters:
+        layers = {}
+        for n, layer in adapter.layers.items():
+            G = torch.eye(3) + 0.3 * torch.randn(3, 3, generator=g)
+            layers[n] = LowRank(layer.B @ G, torch.linalg.inv(G) @ layer.A)
+        turned.append(Adapter(SPEC, layers))
+    exact = get_strategy("product_mean")
+    assert close(exact.merge(turned, weights).adapter, dense(exact.merge(adapters, weights).adapter), 1e-4)
+    naive = get_strategy("fedavg")
+    assert not close(naive.merge(turned, weights).adapter, dense(naive.merge(adapters, weights).adapter), 1e-2)
+
+
+def test_fedavg_is_off_by_exactly_the_covariance_of_the_factors() -> None:
+    adapters, weights = hospitals(4, 2, shared=False), [0.1, 0.2, 0.3, 0.4]
+    naive, exact = factor_means(adapters, weights), product_means(adapters, weights)
+    gap = size = 0.0
+    for n in NAMES:
+        B = sum(w * a.layers[n].B.double() for a, w in zip(adapters, weights, strict=True))
+        A = sum(w * a.layers[n].A.double() for a, w in zip(adapters, weights, strict=True))
+        covariance = sum(
+            w * SPEC.scale * (a.layers[n].B.double() - B) @ (a.layers[n].A.double() - A)
+            for a, w in zip(adapters, weights, strict=True)
+        )
+        assert torch.allclose(exact[n].dense() - naive[n].dense(), covariance, atol=1e-9)
+        gap, size = gap + covariance.square().sum(), size + exact[n].dense().square().sum()
+    expected = float((gap / size).sqrt())
+    assert discrepancy(naive, exact) == pytest.approx(expected)
+    assert get_strategy("fedavg").merge(adapters, weights).discrepancy == pytest.approx(expected)
+    assert expected > 0.1
+
+
+def test_fedsvd_keeps_the_product_and_makes_the_rows_of_A_orthonormal() -> None:
+    adapters = hospitals(3, 21, shared=True)
+    merged = get_strategy("fedsvd").merge(adapters, [1 / 3] * 3).adapter
+    assert close(merged, dense(get_strategy("ffa").merge(adapters, [1 / 3] * 3).adapter))
+    for layer in merged.layers.values():
+        assert torch.allclose(layer.A @ layer.A.T, torch.eye(3), atol=1e-6)
+        gram = layer.B.T @ layer.B
+        assert torch.allclose(gram, torch.diag(gram.diagonal()), atol=1e-5)
+
+
+def test_ffa_returns_the_shared_A_bit_for_bit() -> None:
+    adapters = hospitals(3, 4, shared=True)
+    merged = get_strategy("ffa").merge(adapters, [1 / 3] * 3).adapter
+    for n, layer in merged.layers.items():
+        assert layer.A.equal(adapters[0].layers[n].A)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_strategies_that_need_a_shared_A_refuse_others(name: str) -> None:
+    with pytest.raises(MergeError, match="same A"):
+        get_strategy(name).merge(hospitals(2, 1, shared=False), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [1.0], [1.5, -0.5]])
+def test_weights_that_are_not_a_distribution_are_refused(weights: list[float]) -> None:
+    with pytest.raises(MergeError, match="weights"):
+        get_strategy("product_mean").merge(hospitals(2, 1, shared=True), weights)
+
+
+def test_adapters_of_different_shape_are_refused() -> None:
+    one = hospitals(1, 1, shared=True)[0]
+    other = Adapter(AdapterSpec(3, 12.0, SPEC.targets), one.layers)
+    with pytest.raises(MergeError, match="differ"):
+        get_strategy("product_mean").merge([one, other], [0.5, 0.5])
+    with pytest.raises(MergeError, match="no adapter"):
+        get_strategy("product_mean").merge([], [])
+
+
+def test_unknown_strategy_names_the_known_ones() -> None:
+    with pytest.raises(KeyError, match="product_mean"):
+        get_strategy("best")
+
+
+def test_stacking_is_the_sum() -> None:
+    one, other = hospitals(2, 9, shared=False)
+    for n in NAMES:
+        total = stack([one.layers[n], other.layers[n]])
+        assert torch.allclose(total.dense(), one.layers[n].dense() + other.layers[n].dense(), atol=1e-5)
