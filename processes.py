@@ -24,6 +24,7 @@ from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 ROOT = Path(__file__).resolve().parent
 REFUSED = 77  # exit status of a refusing command
+_KILL_S = 5.0  # a killed process is gone within
 
 _SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -118,17 +119,26 @@ def stop(process: subprocess.Popen[bytes], grace_s: float = 10.0) -> None:
     family = _alive([psutil.Process(process.pid)] if process.poll() is None else [])
     if family:
         process.terminate()
-    deadline = time.monotonic() + grace_s
     try:
-        while family and time.monotonic() < deadline:
-            process.poll()  # reaps the leader, which would otherwise stay on as a zombie
-            time.sleep(0.1)
-            family = _alive(family)
+        family = _wait_for_end(family, process, grace_s)
     finally:  # also when a second Ctrl-C cuts the waiting short
         for member in family:
             with suppress(psutil.NoSuchProcess):  # psutil checks that the pid was not given away
                 member.kill()
         process.wait()
+        _wait_for_end(family, process, _KILL_S)
+
+
+def _wait_for_end(
+    family: set[psutil.Process], leader: subprocess.Popen[bytes], seconds: float
+) -> set[psutil.Process]:
+    """Wait until all have ended; return those that had not in time."""
+    deadline = time.monotonic() + seconds
+    while family and time.monotonic() < deadline:
+        leader.poll()  # reaps it, or it would stay on as a zombie
+        time.sleep(0.1)
+        family = _alive(family)
+    return family
 
 
 def _alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:

@@ -9,6 +9,7 @@ them are connected, tells a person how it goes, and ends every process it starte
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import subprocess
@@ -29,12 +30,11 @@ from server import certificates
 from server.app import RUN
 from server.pinned import SUBMITTED
 from server.public_keys import PublicKeyError, read_public_key
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, write_atomically
 from server.superlink import SuperLink
 
 _START_S = 90.0  # for Flower to answer after its start
 _POLL_S = 1.0
-_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -76,7 +76,7 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
     KeyboardInterrupt
         Ctrl-C or SIGTERM, after everything has been stopped.
     """
-    run = folder.training()
+    federation = folder.training().federation
     state = processes.private_folder(settings.state)
     settings.sites.mkdir(parents=True, exist_ok=True)
     with processes.sigterm_like_ctrl_c(), ExitStack() as stack:
@@ -85,21 +85,30 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
         ca = flower.ca.read_bytes() if flower.ca else None
         link = stack.enter_context(SuperLink(flower.address, ca))
         status = stack.enter_context(console.status("starting Flower"))
-        _wait(flower, link.ready, "Flower did not answer in time")
-        door = _Door(settings.sites, link) if ca else None
-        _gather(link, door, federation.min_hospitals, flower, status, console)
-        run_id = link.submit()
-        _submitted(state).write_text(str(run_id), encoding="ascii")
-        stack.callback(_stop_run, link, run_id)
-        return _follow(link, run_id, folder, federation.rounds, flower, status, console)
+        try:
+            _wait(flower, link.ready)
+            door = _Door(settings.sites, link) if ca else None
+            _gather(link, door, federation.min_hospitals, flower, status, console)
+            run_id = link.submit()
+            write_atomically(_submitted(state), str(run_id))
+            stack.callback(_stop_run, link, run_id)
+            return _follow(link, run_id, folder, federation.rounds, flower, status, console)
+        except httpx.HTTPError as problem:
+            flower.require_alive()  # the better message, if Flower ended
+            raise DaemonError(f"Flower did not answer ({type(problem).__name__})") from None
+
+
+def _local_address(host: str, port: int) -> tuple[str, str]:
+    """Host name and ``host:port`` by which this machine reaches what listens on ``host``."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return local, f"[{local}]:{port}" if ":" in local else f"{local}:{port}"
 
 
 def _start_flower(
     settings: ServerSettings, state: Path, folder: RunFolder, stack: ExitStack
 ) -> _Flower:
     """Start SuperLink and SuperExec; ``stack`` stops them."""
-    local = _WILDCARD.get(settings.host, settings.host)
-    address = f"[{local}]:{settings.port}" if ":" in local else f"{local}:{settings.port}"
+    local, address = _local_address(settings.host, settings.port)
     logs = processes.private_folder(state / "logs")
     flower = _Flower(address, logs / "serverapp.log")
     _require_free(settings.host, settings.port)
@@ -114,7 +123,7 @@ def _start_flower(
 
     secret = state / "superexec.secret"  # without it, any process that reaches the port could
     secret.unlink(missing_ok=True)  # pose as the SuperExec and run the ServerApp elsewhere
-    processes.write_private(secret, secrets.token_bytes(48))
+    processes.write_private(secret, secrets.token_hex(48).encode())
     _submitted(state).unlink(missing_ok=True)
     commands = processes.shadow_commands(
         state / "commands", "flwr-serverapp", "server.pinned", flower.serverapp_log
@@ -129,6 +138,7 @@ def _start_flower(
     superlink += ["--host", settings.host, "--port", str(settings.port)]
     superlink += ["--disable-runtime-dependency-installation"]
     superexec = ["flower-superexec", "--runtime-api-address", address, *client_tls, *shared]
+    superexec += ["--parent-pid", str(os.getpid())]  # no ServerApp outlives its daemon
     for command in (superlink, superexec):
         log = logs / f"{command[0]}.log"
         process = processes.start(command, log, env)
@@ -152,12 +162,12 @@ def _require_free(host: str, port: int) -> None:
             raise DaemonError(f"server.port={port} on {host} cannot be used: {why}") from None
 
 
-def _wait(flower: _Flower, ready: Callable[[], bool], otherwise: str) -> None:
+def _wait(flower: _Flower, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _START_S
     while not ready():
         flower.require_alive()
         if time.monotonic() > deadline:
-            raise DaemonError(otherwise)
+            raise DaemonError(f"Flower did not answer within {_START_S:.0f} s, see its logs")
         time.sleep(0.3)
 
 

@@ -100,7 +100,7 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
             settings, folder, base, hospitals, measured, seconds, memory.peak_mb
         )
         final = adapters.get("aligned", adapters["merged"])
-        release(final, release_facts(settings, summary, base), folder.path / "release")
+        release(final, release_facts(settings, summary, base, final.spec), folder.path / "release")
         write_report(folder.path)
     return summary
 
@@ -109,7 +109,8 @@ def _hospitals(
     settings: RunSettings, folder: RunFolder, measured: Measurements, on_step: OnStep
 ) -> tuple[RunSettings, Hospitals]:
     """Simulated hospitals; the privacy unit falls back to the note where there are no patient ids."""
-    has_ids = settings.notes.source == "clinosim" or settings.notes.patient_field is not None
+    notes = settings.notes
+    has_ids = notes.source in ("clinosim", "fhir") or notes.patient_field is not None
     if settings.privacy.enabled and settings.privacy.unit == "patient" and not has_ids:
         privacy = settings.privacy.model_copy(update={"unit": "note"})
         settings = settings.model_copy(update={"privacy": privacy})

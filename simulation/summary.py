@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from adapters.adapter import AdapterSpec
 from adapters.base_model import BaseModel
 from client.privacy.accountant import NAME as ACCOUNTANT
 from client.privacy.ledger import Ledger
@@ -87,8 +88,10 @@ def write_summary(
     return summary
 
 
-def release_facts(settings: RunSettings, summary: dict[str, Any], base: BaseModel) -> ReleaseFacts:
-    """The model card's facts from a summary."""
+def release_facts(
+    settings: RunSettings, summary: dict[str, Any], base: BaseModel, shape: AdapterSpec
+) -> ReleaseFacts:
+    """The model card's facts from a summary; ``shape`` is that of the released adapter."""
     privacy = None
     if settings.privacy.enabled:
         privacy = PrivacyFacts(
@@ -104,7 +107,6 @@ def release_facts(settings: RunSettings, summary: dict[str, Any], base: BaseMode
         source = f"MediFlow-schema instructions ({settings.alignment.data})"
         steps = {s: stages.get(s, {}).get("steps", 0) for s in ("sft", "dpo")}
         alignment = AlignmentFacts(source, steps["sft"], steps["dpo"])
-    shape = settings.adapter
     return ReleaseFacts(
         name=summary["run"],
         created=summary["created"],
@@ -115,13 +117,14 @@ def release_facts(settings: RunSettings, summary: dict[str, Any], base: BaseMode
         rank=shape.rank,
         alpha=shape.alpha,
         targets=shape.targets,
-        trained=shape.train,
+        trained=settings.adapter.train,
         hospitals=tuple(
             HospitalFacts(name, h["epsilon"], h["delta"]) for name, h in summary["hospitals"].items()
         ),
         privacy=privacy,
         alignment=alignment,
         evaluation=tuple(_evaluation(summary)),
+        pooled=settings.hospitals.layout == "pooled",
         simulated=settings.notes.source == "clinosim",
         versions=tuple(summary["versions"].items()),
     )
@@ -130,7 +133,7 @@ def release_facts(settings: RunSettings, summary: dict[str, Any], base: BaseMode
 def _holdings(settings: RunSettings, site: Site, name: str) -> dict[str, Any]:
     """What a hospital holds and what it has spent, from its notes and its own ledger."""
     privacy = settings.privacy
-    units, _ = training_units(site.policy, privacy.unit)
+    units, has_patients = training_units(site.policy, "patient")
     own = {u: n for u, n in units.items() if (n[0].hospital or site.name) == name}
     epsilon = None
     if privacy.enabled:
@@ -138,7 +141,7 @@ def _holdings(settings: RunSettings, site: Site, name: str) -> dict[str, Any]:
         with Ledger(site.policy.ledger, site.policy.lineage, limits.epsilon, limits.delta) as ledger:
             epsilon = ledger.spent()
     return {
-        "patients": len(own),
+        "patients": len(own) if has_patients else None,
         "notes": sum(map(len, own.values())),
         "rejected_records": site.rejected,
         "epsilon": epsilon,

@@ -121,6 +121,8 @@ def _document(
         )
     except BadRecord as bad:
         return Rejected(file, line, bad.reason)
+    except RecursionError:  # sections in sections, deeper than any document
+        return Rejected(file, line, Reason.BROKEN_JSON)
 
 
 # --- what documents refer to ---

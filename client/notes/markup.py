@@ -44,7 +44,8 @@ def to_text(markup: str) -> str:
             parts.append(_SPACES.sub(" ", token["literal"]))
         elif token["tag"]:
             parts.append(_break(token["tag"].lower().rpartition(":")[2], bool(token["end"])))
-    lines = [line.strip() for line in "".join(parts).split("\n")]
+    joined = re.sub(" {2,}", " ", "".join(parts))  # spaces on both sides of a tag
+    lines = [line.strip() for line in joined.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 

@@ -7,7 +7,6 @@ makes the reference model exact and free: it is the same model with the LoRA swi
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 
 import transformers
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -177,9 +175,7 @@ class _Watch(TrainerCallback):
 
 
 def quiet_libraries() -> None:
-    """Keep Transformers, TRL and Datasets from writing over the progress bars."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    """Keep Transformers and TRL from writing over the progress bars."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)

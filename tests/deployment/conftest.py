@@ -53,6 +53,11 @@ class Loopback:
         trust = f"client.certificate={self.ca}"
         return self.start(policy.stem, "client", f"site={policy}", trust, *where, *options)
 
+    def answers(self) -> bool:
+        """Whether anything listens on the server's port."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
     def public_key(self, site: str) -> Path:
         return self.folder / "clients" / site / f"{site}.pub"
 
@@ -78,7 +83,7 @@ def loopback(tmp_path: Path) -> Iterator[Loopback]:
 
 @pytest.fixture
 def policies(tmp_path: Path, tiny_model: Path, notes_file: Path) -> list[Path]:
-    """Site policies of the hospitals ``east`` and ``west``, without privacy: the notes are invented."""
+    """Site policies of ``east`` and ``west``; privacy is off, the notes are invented."""
     notes = [json.loads(line) for line in notes_file.read_text().splitlines()]
     paths = []
     for site in ("east", "west"):

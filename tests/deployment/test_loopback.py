@@ -43,7 +43,10 @@ def simulated(folder: RunFolder, policies: list[Path]) -> None:
         "from simulation.flower import run_rounds; run_rounds(RunFolder(Path(sys.argv[1])), 2)"
     )
     subprocess.run(
-        [sys.executable, "-c", script, str(folder.path)], check=True, cwd=processes.ROOT, timeout=300
+        [sys.executable, "-c", script, str(folder.path)],
+        check=True,
+        cwd=processes.ROOT,
+        timeout=300,
     )
 
 
@@ -63,9 +66,7 @@ def test_two_hospitals_over_tls_give_what_the_simulation_gives(
     deployed = run.global_adapter()
     start = Adapter.load(run.adapter_folder(0))
     assert deployed.is_finite()
-    assert any(
-        not torch.equal(deployed.tensors()[k], start.tensors()[k]) for k in start.tensors()
-    )
+    assert any(not torch.equal(deployed.tensors()[k], start.tensors()[k]) for k in start.tensors())
 
     for client in clients:
         family = psutil.Process(client.pid).children(recursive=True)

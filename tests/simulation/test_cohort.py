@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -109,6 +110,17 @@ def test_failure_is_one_line_with_the_log_and_leaves_nothing_half_done(
     assert capfd.readouterr() == ("", "")  # clinosim's own output stays in the log
 
 
+def test_interrupt_stops_the_other_run_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    slow = Profile("slow", "a test", general=1)
+
+    def interrupt(*step: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate([Order(TINY, 20, 3), Order(slow, 100, 3)], tmp_path, interrupt)
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir() if path.is_dir()} == {"tiny"}
+
+
 def test_orders_are_distinct_and_checked() -> None:
     orders = hospital_orders(100, 150, 7)
     assert len({order.profile.name for order in orders}) == 100
@@ -126,21 +138,22 @@ def test_orders_are_distinct_and_checked() -> None:
 @pytest.mark.slow
 def test_hospitals_differ_are_disjoint_and_reproducible(tmp_path: Path) -> None:
     """Three hospitals and the public cohort, by the real clinosim, and one of them twice."""
-    hospitals = simulate_hospitals(3, 150, 7, tmp_path)
-    public = public_cohort(60, 7, tmp_path)
-    everyone = [*hospitals, public]
-    assert all(hospital.patients >= 50 and hospital.notes >= 200 for hospital in everyone)
-    patients = [{p["id"] for p in resources(h.export, "Patient")} for h in everyone]
-    for one, other in combinations(patients, 2):
-        assert not one & other
+    orders = hospital_orders(3, 100, 7)
+    # The first case mix at another seed: how far apart hospitals are by chance alone.
+    twin = replace(orders[0], seed=8)
+    *hospitals, other_seed, public = simulate([*orders, twin, public_order(60, 7)], tmp_path)
+    assert simulate_hospitals(3, 100, 7, tmp_path) == hospitals
+    assert public_cohort(60, 7, tmp_path) == public
 
-    again = simulate_hospitals(1, 150, 7, tmp_path / "again")[0]
-    assert contents(again.export) == contents(hospitals[0].export)
+    assert all(hospital.patients >= 40 and hospital.notes >= 150 for hospital in hospitals)
+    patients = [{p["id"] for p in resources(h.export, "Patient")} for h in (*hospitals, public)]
+    assert len(set.union(*patients)) == sum(map(len, patients))
 
-    # The same case mix at another seed is what chance alone would give.
-    chance = case_mix(simulate_hospitals(1, 150, 8, tmp_path)[0].export)
+    again = simulate(orders[2:], tmp_path / "again")[0]
+    assert contents(again.export) == contents(hospitals[2].export)
+
     mixes = [case_mix(hospital.export) for hospital in hospitals]
-    floor = distance(mixes[0].chapters, chance.chapters)
+    floor = distance(mixes[0].chapters, case_mix(other_seed.export).chapters)
     for one, other in combinations(mixes, 2):
         assert distance(one.chapters, other.chapters) > 1.3 * floor
         assert distance(one.note_types, other.note_types) > 0.2

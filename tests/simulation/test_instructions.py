@@ -143,7 +143,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(export: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
-    files = write_instructions(export, tmp_path_factory.mktemp("out"), 80, 24, seed=3)
+    files = write_instructions(export, tmp_path_factory.mktemp("out"), 320, 48, seed=3)
     return {
         name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for name, path in (("sft", files.sft), ("dpo", files.dpo), ("held_out", files.held_out))
@@ -269,11 +269,8 @@ def test_chosen_answers_are_true_and_rejected_ones_false(rows: dict[str, list[Ro
 
 
 def test_columns_types_and_splits(rows: dict[str, list[Row]]) -> None:
-    assert {name: len(part) for name, part in rows.items()} == {
-        "sft": 80,
-        "dpo": 80,
-        "held_out": 24,
-    }
+    sizes = {name: len(part) for name, part in rows.items()}
+    assert sizes == {"sft": 320, "dpo": 320, "held_out": 48}
     for name, part in rows.items():
         for row in part:
             assert list(row) == COLUMNS
@@ -286,6 +283,15 @@ def test_columns_types_and_splits(rows: dict[str, list[Row]]) -> None:
             if row["error_type"] == "invalid json":
                 with pytest.raises(json.JSONDecodeError):
                     json.loads(row["rejected_output"])
+
+
+def test_every_kind_of_flaw_occurs(rows: dict[str, list[Row]]) -> None:
+    assert {row["error_type"] for row in rows["dpo"]} == {
+        *("wrong age", "wrong count", "wrong department", "wrong dose"),
+        *("wrong medication", "wrong diagnosis", "omitted medication", "omitted diagnosis"),
+        *("invalid json", "wrong class", "wrong verdict", "wrong choice", "wrong expansion"),
+        *("invented error", "missed error", "wrong diagnosis code"),
+    }
 
 
 def test_all_task_types_in_equal_parts(rows: dict[str, list[Row]]) -> None:
