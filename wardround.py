@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -55,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(console, f"unknown option {unknown[0]}; see wardround {options.command} --help")
     _quiet()
     try:
-        return COMMANDS[options.command].run(overrides, getattr(options, "multirun", False), console)
+        return COMMANDS[options.command].run(
+            overrides, getattr(options, "multirun", False), console
+        )
     except ConfigError as problem:
         return _say(console, str(problem), _USAGE)
     except KeyboardInterrupt:
@@ -86,6 +87,11 @@ def _server(overrides: list[str], multirun: bool, console: Console) -> int:
     folder = RunFolder(command.run_dir)
     if not (folder.path / "config.yaml").exists():
         folder.create(command)
+    elif folder.training() != RunFolder.training_of(command):
+        raise ConfigError(
+            f"run_dir={command.run_dir}: holds a run with another configuration; give the options "
+            "it was started with (config.yaml), or another run_dir"
+        )
     return 0 if serve(command.server, folder, console) else 1
 
 
@@ -133,13 +139,13 @@ run: private training in rounds, merging, alignment (SFT, DPO), evaluation, rele
 hospitals whose public keys lie in server.sites, and runs one federation into run_dir.
 
   wardround server run_dir=runs/first federation.min_hospitals=2
-  wardround server run_dir=runs/first                    again: goes on after the last finished round
-  wardround server server.transport=insecure ...         a test network without TLS, never patients""",
+  wardround server run_dir=runs/first ...            again: goes on after the last finished round
+  wardround server server.transport=insecure ...     a test network without TLS, never patients""",
         _server,
     ),
     "client": Command(
         "a hospital: take part in runs under the site's own policy",
-        """Run a hospital. The site policy (see conf/site/example.yaml) says where the notes and the
+        """Run a hospital. The site policy (see conf/site.example.yaml) says where the notes and the
 ledger are and what the hospital allows; nothing the coordinator sends can change it.
 
   wardround client site=/etc/wardround/site.yaml client.server=HOST:PORT client.certificate=ca.pem
@@ -179,8 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         f"notes.\n\ncommands:\n{lines}",
         epilog="wardround COMMAND --help says more about one of them.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
-    choices = "\n".join(f"  {name + '=':14}{' | '.join(values)}" for name, values in groups().items())
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    choices = "\n".join(
+        f"  {name + '=':14}{' | '.join(values)}" for name, values in groups().items()
+    )
     for name, command in COMMANDS.items():
         epilog = "Options are key=value, as in the files under conf/, where each is explained."
         if name == "simulate":

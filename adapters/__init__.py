@@ -1,1 +1,1 @@
-"""The adapter: base model, LoRA factors, their low-rank algebra, files, and the plan that travels with it."""
+"""The adapter: base model, LoRA factors, low-rank algebra, files, and the plan beside it."""

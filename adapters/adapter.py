@@ -69,7 +69,9 @@ class Adapter:
         for name, delta in deltas.items():
             if delta.rank != spec.rank:
                 raise ValueError(f"{name}: factors of rank {delta.rank}, expected {spec.rank}")
-        layers = {name: (delta * (1 / spec.scale)).float() for name, delta in deltas.items()}
+        layers = {
+            name: (delta * (1 / spec.scale)).to(torch.float32) for name, delta in deltas.items()
+        }
         return Adapter(spec, layers)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -133,7 +135,14 @@ class Adapter:
         rsLoRA or modules saved beside the factors; FileNotFoundError when a file is absent.
         """
         config = json.loads((folder / "adapter_config.json").read_text())
-        for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        for key in (
+            "use_dora",
+            "use_rslora",
+            "lora_bias",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+        ):
             if config.get(key):
                 raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")
         targets = config["target_modules"]
@@ -160,6 +169,8 @@ def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:
                 parts.append(adapter.layers[name] * adapter.spec.scale)
             else:
                 r = adapter.spec.rank
-                parts.append(LowRank(torch.zeros(shape.shape[0], r), torch.zeros(r, shape.shape[1])))
+                parts.append(
+                    LowRank(torch.zeros(shape.shape[0], r), torch.zeros(r, shape.shape[1]))
+                )
         deltas[name] = stack(parts)
     return Adapter.from_deltas(deltas, AdapterSpec(rank, float(rank), targets))

@@ -138,7 +138,11 @@ def _convert_gguf(folder: Path, file: str, out: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     config = AutoConfig.for_model(
         read.config.model_type,
-        **{k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "model_type")},
+        **{
+            k: v
+            for k, v in read.config.to_dict().items()
+            if k not in ("quantization_config", "model_type")
+        },
     )
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict(), strict=True)

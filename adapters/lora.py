@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -41,14 +43,14 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, train: str = "both") -> Pe
             f"adapter.targets={list(spec.targets)} names a module that is not a linear layer"
         )
     for layer in layers.values():
-        layer.lora_A[_NAME].weight.requires_grad_(train == "both")
+        _factor(layer, "A").requires_grad_(train == "both")
     # Dropout would make the loss of a note depend on a draw that no ledger records.
     peft_model.eval()
     return peft_model
 
 
 def initial(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Adapter:
-    """A public starting point: B = 0 and A with orthonormal rows, drawn from ``seed`` and the layer.
+    """A public starting point: B = 0, and A with orthonormal rows drawn from seed and layer.
 
     Every hospital gets the same A from the coordinator, so B can be averaged exactly (FFA-LoRA,
     arXiv 2403.12313); orthonormal rows keep the gradient of B on the scale of that of dW
@@ -57,7 +59,7 @@ def initial(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Adapter:
     peft_model = attach(model, spec)
     layers = {}
     for name, layer in _lora_layers(peft_model).items():
-        m, n = layer.out_features, layer.in_features
+        (m, _), (_, n) = _factor(layer, "B").shape, _factor(layer, "A").shape
         if spec.rank > n:
             raise UnsupportedAdapter(f"adapter.rank={spec.rank} exceeds the width {n} of {name}")
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -72,8 +74,8 @@ def read(peft_model: PeftModel, spec: AdapterSpec) -> Adapter:
     """A copy of the factors that the live model holds now, float32 on the CPU."""
     layers = {
         name: LowRank(
-            layer.lora_B[_NAME].weight.detach().float().cpu().clone(),
-            layer.lora_A[_NAME].weight.detach().float().cpu().clone(),
+            _factor(layer, "B").detach().float().cpu().clone(),
+            _factor(layer, "A").detach().float().cpu().clone(),
         )
         for name, layer in _lora_layers(peft_model).items()
     }
@@ -88,15 +90,19 @@ def write(peft_model: PeftModel, adapter: Adapter) -> None:
     live = _lora_layers(peft_model)
     if set(live) != set(adapter.layers):
         differing = sorted(set(live) ^ set(adapter.layers))
-        raise ValueError(f"adapter and model differ in {len(differing)} layers, {differing[0]} first")
+        raise ValueError(
+            f"adapter and model differ in {len(differing)} layers, {differing[0]} first"
+        )
     with torch.no_grad():
         for name, layer in live.items():
             for weight, value in (
-                (layer.lora_A[_NAME].weight, adapter.layers[name].A),
-                (layer.lora_B[_NAME].weight, adapter.layers[name].B),
+                (_factor(layer, "A"), adapter.layers[name].A),
+                (_factor(layer, "B"), adapter.layers[name].B),
             ):
                 if weight.shape != value.shape:
-                    raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(weight.shape)}")
+                    raise ValueError(
+                        f"{name}: shape {tuple(value.shape)}, expected {tuple(weight.shape)}"
+                    )
                 weight.copy_(value)
 
 
@@ -118,8 +124,8 @@ def fold(model: PreTrainedModel, adapter: Adapter) -> None:
         for name, delta in adapter.deltas().items():
             if name not in modules:
                 raise ValueError(f"base model has no layer {name}")
-            weight: torch.Tensor = modules[name].weight  # type: ignore[assignment]
-            dense = delta.double().dense()
+            weight = cast(Tensor, modules[name].weight)
+            dense = delta.to(torch.float64).dense()
             if isinstance(modules[name], Conv1D):  # GPT-2 keeps its weights as (in, out)
                 dense = dense.T
             weight.copy_(weight.double() + dense)
@@ -127,16 +133,23 @@ def fold(model: PreTrainedModel, adapter: Adapter) -> None:
 
 @contextmanager
 def folded(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
-    """The model with the adapter folded in while the context is open; bit for bit as before after."""
+    """Fold the adapter in while the context is open; afterwards all is bit for bit as before."""
     modules = dict(model.named_modules())
-    before = {name: modules[name].weight.clone() for name in adapter.layers if name in modules}  # type: ignore[operator]
+    weights = {n: cast(Tensor, modules[n].weight) for n in adapter.layers if n in modules}
+    before = {name: weight.clone() for name, weight in weights.items()}
     try:
         fold(model, adapter)
         yield
     finally:
         with torch.no_grad():
             for name, weight in before.items():
-                modules[name].weight.copy_(weight)  # type: ignore[operator]
+                weights[name].copy_(weight)
+
+
+def _factor(layer: LoraLinear, which: str) -> Tensor:
+    """The live factor "A" or "B" of an adapted layer."""
+    factors = layer.lora_A if which == "A" else layer.lora_B
+    return cast(Tensor, factors[_NAME].weight)
 
 
 def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLinear]:

@@ -1,4 +1,4 @@
-"""Algebra of low-rank updates: a weight change dW = B A kept as its factors, never as a dense matrix.
+"""Algebra of low-rank updates: a weight change dW = B A kept as factors, never as a dense matrix.
 
 Merging acts on products, because mean(B) mean(A) is not mean(B A). Everything here is exact up to
 float64 rounding unless a rank is asked for; then it is the best approximation of that rank in
@@ -41,13 +41,9 @@ class LowRank:
         """Shape (m, n) of dW."""
         return self.B.shape[0], self.A.shape[1]
 
-    def double(self) -> LowRank:
-        """The same update with float64 factors."""
-        return LowRank(self.B.double(), self.A.double())
-
-    def float(self) -> LowRank:
-        """The same update with float32 factors."""
-        return LowRank(self.B.float(), self.A.float())
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same update with factors of another precision."""
+        return LowRank(self.B.to(dtype), self.A.to(dtype))
 
     def dense(self) -> Tensor:
         """dW itself, (m, n)."""
@@ -123,7 +119,9 @@ def weighted_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     scaled = []
     for part, w in zip(parts, weights, strict=True):
         half = abs(w) ** 0.5
-        scaled.append(LowRank(part.B.double() * (half if w >= 0 else -half), part.A.double() * half))
+        scaled.append(
+            LowRank(part.B.double() * (half if w >= 0 else -half), part.A.double() * half)
+        )
     return stack(scaled)
 
 

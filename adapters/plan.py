@@ -11,7 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from adapters.adapter import AdapterSpec
-from conf.schema import AdapterSettings, OptimizerSettings, PrivacySettings, TrainingSettings, Settings
+from conf.schema import (
+    AdapterSettings,
+    OptimizerSettings,
+    PrivacySettings,
+    Settings,
+    TrainingSettings,
+)
 
 
 class TrainingPlan(Settings):

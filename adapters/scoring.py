@@ -2,7 +2,7 @@
 
 Only the first ``max_tokens`` tokens of a text are scored, the same public window for every model.
 Bits per character divide by the characters those tokens cover, so models with different
-tokenizers can be compared; the first token has no context and is not scored, nor are its characters.
+tokenizers can be compared; the first token has no context and is not scored.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def score_texts(
     windows = []
     chars = 0
     for text in texts:
-        coded = tokenizer(
-            text, truncation=True, max_length=max_tokens, return_offsets_mapping=True
-        )
+        coded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
         if len(coded.input_ids) > 1:
             windows.append(coded.input_ids)
             chars += coded.offset_mapping[-1][1] - coded.offset_mapping[0][1]

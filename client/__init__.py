@@ -1,1 +1,1 @@
-"""A hospital: reads its notes, trains under differential privacy, keeps the ledger, guards the way out."""
+"""A hospital: its notes, training under differential privacy, the ledger, and the way out."""

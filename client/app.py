@@ -11,10 +11,10 @@ import logging
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from adapters.wire import pack_refusal, pack_result, unpack_task
 from client.refusal import Reason, Refusal
 from client.site import SiteError, policy_of
 from client.training import failure_site, train_round
+from transport.wire import pack_refusal, pack_result, unpack_task
 
 log = logging.getLogger(__name__)
 
@@ -45,4 +45,3 @@ def train(message: Message, context: Context) -> Message:
         log.error("%s: internal error: %s", site, failure_site(problem))
         reason = Reason.INTERNAL
     return Message(pack_refusal(site, reason.name, reason.value), reply_to=message)
-

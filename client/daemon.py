@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-import processes
 from client import node_key
 from client.site import SITE, read_policy
 from conf.deployment import ClientSettings
+from transport import processes
 
 _POLL_S = 1.0
 _LONGEST_PAUSE_S = 60.0

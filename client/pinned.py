@@ -24,7 +24,7 @@ from flwr.cli import install
 from flwr.supernode.cli import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp as runtime
 
-import processes
+from transport import processes
 
 SUPPORTED = "1.41."  # minor releases of Flower change their internals
 _NEVER_CALLED = {"load_app", "import_module", "exec", "eval", "__import__"}

@@ -1,4 +1,4 @@
-"""Which hospital is this process? The answer comes from the site's own machine, never from a message."""
+"""Which hospital is this? The answer comes from the site's own machine, never from a message."""
 
 from __future__ import annotations
 

@@ -74,7 +74,15 @@ def train_round(
     facts: dict[str, Fact] = {"site": policy.site, "steps": plan.local_steps}
     facts |= {"patients": len(units), "notes": sum(map(len, units.values()))}
     if not plan.privacy.enabled:
-        _steps(model, plan, units, tokens, 0.0, SeededSampling(plan.seed, policy.site, plan.round), on_step)
+        _steps(
+            model,
+            plan,
+            units,
+            tokens,
+            0.0,
+            SeededSampling(plan.seed, policy.site, plan.round),
+            on_step,
+        )
         return _through_gate(model, received, plan, policy, facts)
 
     with _open_ledger(policy) as ledger:

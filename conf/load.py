@@ -39,7 +39,9 @@ def validate(raw: Any, kind: type[T]) -> T:
         first = problem.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        given = f"{key}={_short(first['input'])}: " if key and first["type"] != "value_error" else ""
+        given = (
+            f"{key}={_short(first['input'])}: " if key and first["type"] != "value_error" else ""
+        )
         raise ConfigError(given + message[:1].lower() + message[1:]) from None
 
 
@@ -66,7 +68,7 @@ def groups() -> dict[str, list[str]]:
     return {
         folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
         for folder in sorted(FOLDER.iterdir())
-        if folder.is_dir() and folder.name not in ("site", "__pycache__")
+        if folder.is_dir() and folder.name != "__pycache__"
     }
 
 

@@ -29,7 +29,8 @@ class AdapterLimits(Settings):
 
     max_rank: Annotated[int, Field(ge=1)] = 64
     targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc",
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",  # Llama-like
+        "c_attn", "c_proj", "c_fc",  # GPT-2-like
     )  # fmt: skip
     base_models: tuple[str, ...] = ()  # allowed fingerprints; () allows the configured model only
 

@@ -95,7 +95,9 @@ class NotesSettings(Settings):
     patient_field: str | None = None
     note_field: str | None = None
     hospital_field: str | None = None
-    document_types: tuple[str, ...] = ()  # FHIR: keep only these LOINC codes or titles; () keeps all
+    document_types: tuple[
+        str, ...
+    ] = ()  # FHIR: keep only these LOINC codes or titles; () keeps all
     encoding: str = "utf-8"
     min_chars: Annotated[int, Field(ge=1)] = 20
     max_chars: Annotated[int, Field(ge=100)] = 200_000

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from adapters.wire import size_bytes
+from transport.wire import size_bytes
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 
@@ -34,9 +34,15 @@ class LeftOut:
     reason: str
 
 
-def accept(reply: Message, plan: TrainingPlan, sent: Adapter) -> Accepted | LeftOut:
-    """Check one reply: names, shapes, finiteness, facts. A bad one is left out, never fatal."""
-    node = f"node-{reply.metadata.src_node_id}"
+def accept(
+    reply: Message, plan: TrainingPlan, sent: Adapter, registered: str = ""
+) -> Accepted | LeftOut:
+    """Check one reply: names, shapes, finiteness, facts. A bad one is left out, never fatal.
+
+    ``registered`` is the name under which the coordinator registered the node's public key, where
+    keys are in use: a hospital cannot speak for another.
+    """
+    node = registered or f"node-{reply.metadata.src_node_id}"
     if reply.has_error():
         return LeftOut(node, f"no answer (Flower error {reply.error.code})")
     content: RecordDict = reply.content
@@ -54,6 +60,8 @@ def accept(reply: Message, plan: TrainingPlan, sent: Adapter) -> Accepted | Left
         return LeftOut(node, "malformed reply")
     if not _NAME.match(site) or site == "global":
         return LeftOut(node, "invalid site name")
+    if registered and site != registered:
+        return LeftOut(registered, f"calls itself {site}")
     expected = {
         name: tensor
         for name, tensor in sent.tensors().items()

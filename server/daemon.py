@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-import processes
 from conf.deployment import ServerSettings
 from server import certificates
 from server.app import RUN
@@ -32,6 +31,7 @@ from server.pinned import SUBMITTED
 from server.public_keys import PublicKeyError, read_public_key
 from server.run_folder import RunFolder, write_atomically
 from server.superlink import SuperLink
+from transport import processes
 
 _START_S = 90.0  # for Flower to answer after its start
 _POLL_S = 1.0

@@ -19,7 +19,7 @@ from flwr.cli.install import install_from_fab
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli import flwr_serverapp
 
-import processes
+from transport import processes
 
 # By name: the package shows the function of the same name in place of the module.
 runtime = import_module("flwr.superlink.runtime.run_serverapp")

@@ -1,4 +1,4 @@
-"""The release: a PEFT adapter folder with a model card that says what is promised, and what is not."""
+"""The release: a PEFT adapter folder and a model card that says what is promised, and what not."""
 
 from __future__ import annotations
 

@@ -10,22 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
-from adapters.wire import pack_task, size_bytes
 from conf.schema import TrainingSettings
 from server.acceptance import accept, one_reply_each
 from server.run_folder import RunFolder, write_atomically
 from strategies.base import MergeError
 from strategies.registry import get_strategy
+from transport.wire import pack_task, size_bytes
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,9 @@ def federate(
         deadline = began + settings.federation.timeout_s
         nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
         replies, bytes_down = _exchange(grid, plan, sent, nodes, deadline, stop, report)
-        accepted, left_out = one_reply_each([accept(reply, plan, sent) for reply in replies])
+        accepted, left_out = one_reply_each(
+            [accept(r, plan, sent, nodes.get(r.metadata.src_node_id, "")) for r in replies]
+        )
         if silent := len(nodes) - len(replies):
             left_out[f"{silent} without a name"] = "no answer in time"
         for site, reason in left_out.items():
@@ -102,11 +105,14 @@ def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:
 
 def _wait_for_nodes(
     grid: Grid, settings: TrainingSettings, deadline: float, stop: threading.Event, report: Report
-) -> list[int]:
-    """Ids of all connected hospitals, once there are enough of them."""
+) -> dict[int, str]:
+    """All connected hospitals, once there are enough of them: node id -> registered name.
+
+    The name is that of the hospital's public key; it is empty where no keys are in use.
+    """
     needed = settings.federation.min_hospitals
     while True:
-        nodes = sorted(grid.get_node_ids())
+        nodes = {node.node_id: _registered_name(node) for node in grid.get_nodes()}
         report("hospitals connected", min(len(nodes), needed), needed)
         if len(nodes) >= needed:
             return nodes
@@ -115,11 +121,16 @@ def _wait_for_nodes(
         _pause(stop)
 
 
+def _registered_name(node: NodeInfo) -> str:
+    """Flower names a node when its key is registered; a node without a key stays nameless here."""
+    return node.name if node.public_key else ""
+
+
 def _exchange(
     grid: Grid,
     plan: TrainingPlan,
     sent: Adapter,
-    nodes: list[int],
+    nodes: Iterable[int],
     deadline: float,
     stop: threading.Event,
     report: Report,
@@ -128,20 +139,22 @@ def _exchange(
     task = pack_task(plan, sent)
     messages = [
         Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))
-        for node in nodes
+        for node in sorted(nodes)
     ]
     waiting = set(grid.push_messages(messages))
     replies: list[Message] = []
     while waiting:
-        report(f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(nodes))
+        report(
+            f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(messages)
+        )
         arrived = list(grid.pull_messages(waiting))
         replies += arrived
         waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
         if not waiting or time.monotonic() > deadline:
             break
         _pause(stop)
-    report(f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(nodes))
-    return replies, size_bytes(task) * len(nodes)
+    report(f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(messages))
+    return replies, size_bytes(task) * len(messages)
 
 
 def _pause(stop: threading.Event) -> None:

@@ -51,6 +51,12 @@ class RunFolder:
         config = self._config()
         return TrainingSettings(**{name: config[name] for name in TrainingSettings.model_fields})
 
+    @staticmethod
+    def training_of(settings: TrainingSettings) -> TrainingSettings:
+        """The same part of settings that hold more."""
+        names = TrainingSettings.model_fields
+        return TrainingSettings(**{name: getattr(settings, name) for name in names})
+
     def _config(self) -> dict[str, Any]:
         loaded: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
         return loaded

@@ -36,9 +36,11 @@ def train_alone(
     for number in range(2, rounds + 1):
         plan = plan_round(settings, folder.name, number, fingerprint)
         done = (number - 2) * steps
-        outgoing = train_round(
-            plan, adapter, policy, lambda step, done=done: on_step(done + step, (rounds - 1) * steps)
-        )
+
+        def report(step: int, done: int = done) -> None:
+            on_step(done + step, (rounds - 1) * steps)
+
+        outgoing = train_round(plan, adapter, policy, report)
         adapter = Adapter.from_tensors({**adapter.tensors(), **outgoing.tensors}, adapter.spec)
     return Adapter.load(adapter.save(saved))
 

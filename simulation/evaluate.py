@@ -21,7 +21,7 @@ from simulation.sites import Site
 
 
 def held_out_texts(site: Site, most: int) -> dict[str, list[str]]:
-    """Held-out texts by the hospital they stand for: one note of each of up to ``most`` patients."""
+    """Held-out texts by hospital: one note of each of up to ``most`` patients."""
     found = load_notes(site.policy.notes)
     _, held_out = split_units(found.units(), site.policy.notes.holdout)
     by_hospital: dict[str, list[Note]] = {name: [] for name in site.stands_for}

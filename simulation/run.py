@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
 def _hospitals(
     settings: RunSettings, folder: RunFolder, measured: Measurements, on_step: OnStep
 ) -> tuple[RunSettings, Hospitals]:
-    """Simulated hospitals; the privacy unit falls back to the note where there are no patient ids."""
+    """Simulated hospitals; without patient ids the privacy unit falls back to the note."""
     notes = settings.notes
     has_ids = notes.source in ("clinosim", "fhir") or notes.patient_field is not None
     if settings.privacy.enabled and settings.privacy.unit == "patient" and not has_ids:
@@ -156,7 +157,9 @@ def _aligned(
 ) -> Adapter:
     saved, record = folder.path / "adapters" / "aligned", folder.path / "alignment.json"
     if not record.exists():
-        result = align(base, folder.global_adapter(), data, settings.alignment, settings.seed, on_step)
+        result = align(
+            base, folder.global_adapter(), data, settings.alignment, settings.seed, on_step
+        )
         result.adapter.save(saved, base.public_name)
         stages = {name: stage.as_dict() for name, stage in result.stages.items()}
         write_atomically(record, json.dumps(stages))
@@ -227,9 +230,7 @@ def _local(
         name = site.name
         on_step(f"{name} alone", 0, 1)
         try:
-            alone[name] = train_alone(
-                settings, folder, site, lambda d, t, name=name: on_step(f"{name} alone", d, t)
-            )
+            alone[name] = train_alone(settings, folder, site, partial(on_step, f"{name} alone"))
         except (Refusal, FileNotFoundError):  # it took no part in the first round, or has no budget
             continue
     return alone

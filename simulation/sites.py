@@ -36,7 +36,7 @@ Notes = list[Note]
 
 @dataclass(frozen=True)
 class Site:
-    """A simulated hospital: its policy, and the hospitals its notes stand for (itself, or several)."""
+    """A simulated hospital: its policy, and the hospitals whose notes it holds (one, or several)."""
 
     policy: SitePolicy
     stands_for: tuple[str, ...]
@@ -64,12 +64,21 @@ def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hos
     """
     origins, rejected, has_patients = _notes_by_hospital(settings, progress)
     if settings.hospitals.max_units:
-        origins = {name: _first_units(notes, settings.hospitals.max_units) for name, notes in origins.items()}
-    groups = {POOLED: tuple(origins)} if settings.hospitals.layout == "pooled" else {n: (n,) for n in origins}
+        origins = {
+            name: _first_units(notes, settings.hospitals.max_units)
+            for name, notes in origins.items()
+        }
+    groups = (
+        {POOLED: tuple(origins)}
+        if settings.hospitals.layout == "pooled"
+        else {n: (n,) for n in origins}
+    )
     sites = []
     for name, members in groups.items():
         notes = [note for member in members for note in origins[member]]
-        policy = _policy(settings, folder, name, _write_notes(folder, name, members, origins), has_patients)
+        policy = _policy(
+            settings, folder, name, _write_notes(folder, name, members, origins), has_patients
+        )
         text = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False)
         target = folder.path / "sites" / f"{name}.yaml"
         target.parent.mkdir(exist_ok=True)
@@ -105,7 +114,9 @@ def _notes_by_hospital(
 def _by_field(notes: Notes, settings: RunSettings) -> dict[str, Notes]:
     """The ``hospitals.count`` largest hospitals by number of notes, each patient at one of them."""
     wanted = settings.hospitals.count
-    if settings.notes.hospital_field is None and (wanted > 1 and settings.hospitals.layout != "pooled"):
+    if settings.notes.hospital_field is None and (
+        wanted > 1 and settings.hospitals.layout != "pooled"
+    ):
         raise ConfigError(
             "notes.hospital_field must name the field that says which hospital a note is from "
             "(or use hospitals=pooled)"
@@ -134,7 +145,12 @@ def _write_notes(
     target.parent.mkdir(exist_ok=True)
     lines = [
         json.dumps(
-            {"note_id": note.note_id, "patient": note.patient_id, "hospital": member, "text": note.text},
+            {
+                "note_id": note.note_id,
+                "patient": note.patient_id,
+                "hospital": member,
+                "text": note.text,
+            },
             ensure_ascii=False,
         )
         for member in members

@@ -22,9 +22,17 @@ from server.run_folder import RunFolder, write_atomically
 from simulation.sites import Hospitals, Site
 
 _PACKAGES = (
-    "wardround", "torch", "transformers", "peft", "flwr", "opacus", "dp-accounting", "trl", "clinosim",
+    "wardround", "torch", "transformers", "peft", "flwr", "opacus", "dp-accounting", "trl",
+    "clinosim",
 )  # fmt: skip
-_SIMULATION_ONLY = ("patients", "notes", "rejected_records", "perplexity", "bits_per_char", "by_round")
+_SIMULATION_ONLY = (
+    "patients",
+    "notes",
+    "rejected_records",
+    "perplexity",
+    "bits_per_char",
+    "by_round",
+)
 
 
 @dataclass
@@ -119,7 +127,8 @@ def release_facts(
         targets=shape.targets,
         trained=settings.adapter.train,
         hospitals=tuple(
-            HospitalFacts(name, h["epsilon"], h["delta"]) for name, h in summary["hospitals"].items()
+            HospitalFacts(name, h["epsilon"], h["delta"])
+            for name, h in summary["hospitals"].items()
         ),
         privacy=privacy,
         alignment=alignment,
@@ -138,7 +147,9 @@ def _holdings(settings: RunSettings, site: Site, name: str) -> dict[str, Any]:
     epsilon = None
     if privacy.enabled:
         limits = site.policy.privacy
-        with Ledger(site.policy.ledger, site.policy.lineage, limits.epsilon, limits.delta) as ledger:
+        with Ledger(
+            site.policy.ledger, site.policy.lineage, limits.epsilon, limits.delta
+        ) as ledger:
             epsilon = ledger.spent()
     return {
         "patients": len(own) if has_patients else None,

@@ -1,7 +1,7 @@
 """Several runs and one report on what differs: the price of privacy, and of federation.
 
-Every combination of the given choices is run. Unless ``evaluation.pooled_reference=false``, one more
-run pools all notes at one site without privacy: what centralising the data would have given.
+Every combination of the given choices is run. Unless ``evaluation.pooled_reference=false``, one
+more run pools all notes at one site without privacy: what centralising would have given.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Merging: how many hospitals' adapters become one. Pure mathematics on adapters, one idea a file."""
+"""Merging: how many adapters become one. Pure mathematics on adapters, one idea a file."""

@@ -19,7 +19,7 @@ class Merge:
     """A merged adapter and what is worth knowing of how it came about.
 
     ``discrepancy``: relative Frobenius norm of what averaging A and B separately would have got
-    wrong, ||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over all layers; 0 when a factor is shared.
+    wrong, ||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over all layers; 0 if a factor is shared.
     ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers.
     """
 
@@ -61,7 +61,7 @@ def product_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict
 
 
 def factor_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
-    """Mean of B and mean of A separately by layer, float64, scaled: what FedAvg on factors gives."""
+    """Mean of B and mean of A by layer, float64, scaled: what FedAvg on factors gives."""
     means = {}
     for name in adapters[0].layers:
         B = sum(w * a.layers[name].B.double() for a, w in zip(adapters, weights, strict=True))

@@ -85,7 +85,7 @@ def notes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         complaint = draw.choice(["chest pain", "a fever", "a dry cough", "low back pain"])
         drug = draw.choice(["aspirin", "ibuprofen", "amoxicillin"])
         text = (
-            f"Visit {i}. The patient came with {complaint} that began {draw.randint(1, 20)} days ago. "
+            f"Visit {i}. The patient has had {complaint} for {draw.randint(2, 20)} days. "
             f"Given {drug} {draw.randint(1, 50) * 10} mg. Review in {draw.randint(1, 9)} weeks."
         )
         patient = i // 2

@@ -16,7 +16,9 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
 
-NAME = f"PLD (dp-accounting {version('dp-accounting')}), checked by PRV (opacus {version('opacus')})"
+NAME = (
+    f"PLD (dp-accounting {version('dp-accounting')}), checked by PRV (opacus {version('opacus')})"
+)
 _AGREEMENT = 0.02  # relative difference of the two accountants that is put down to numerics
 _MAX_SIGMA = 1000.0
 

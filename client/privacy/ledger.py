@@ -137,7 +137,9 @@ class Ledger:
         """Number of entries, when chain and states are sound. Raises LedgerError otherwise."""
         return len(self._entries())
 
-    def _close_reservation(self, reservation: Reservation, state: str, body: dict[str, Any]) -> None:
+    def _close_reservation(
+        self, reservation: Reservation, state: str, body: dict[str, Any]
+    ) -> None:
         with self._transaction():
             entries = self._entries()
             closed = {e.body["reservation"] for e in entries if e.state != "RESERVED"}
@@ -149,9 +151,7 @@ class Ledger:
         self, entries: list[Entry], run: str | None = None, round: int | None = None
     ) -> History:
         return tuple(
-            GaussianSteps(
-                e.body["sampling_rate"], e.body["noise_multiplier"], e.body["steps"]
-            )
+            GaussianSteps(e.body["sampling_rate"], e.body["noise_multiplier"], e.body["steps"])
             for e in entries
             if e.state == "RESERVED"
             and e.body["lineage"] == self.lineage

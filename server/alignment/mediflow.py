@@ -1,7 +1,7 @@
 """MediFlow-schema instructions: the real data set, or any JSONL files of the same columns.
 
-Two splits: ``mediflow`` for SFT (instruction, input, output) and ``mediflow_dpo`` for DPO, where the
-chosen answer is ``output`` and the rejected one ``rejected_output``. The literal values of the
+Two splits: ``mediflow`` for SFT (instruction, input, output) and ``mediflow_dpo`` for DPO, where
+the chosen answer is ``output`` and the rejected one ``rejected_output``. The literal values of the
 other columns are not relied upon. Schema: the card of microsoft/mediflow (CDLA-Permissive-2.0).
 """
 
@@ -74,7 +74,12 @@ def load_instructions(path: Path | None, examples: int, held_out: int) -> Instru
         )
     own = [f for f in files if f.name.startswith("held_out")]
     return _assemble(
-        path.name, _from_files(sft_files), _from_files(dpo_files), _from_files(own), examples, held_out
+        path.name,
+        _from_files(sft_files),
+        _from_files(dpo_files),
+        _from_files(own),
+        examples,
+        held_out,
     )
 
 

@@ -57,8 +57,12 @@ def _answer_losses(
     """Summed loss in nats and number of answer tokens for each (instruction, answer)."""
     coded, starts = [], []
     for row, answer in rows:
-        prompt = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(row.prompt + Instruction.answer(answer), tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            row.prompt, add_generation_prompt=True, tokenize=False
+        )
+        whole = tokenizer.apply_chat_template(
+            row.prompt + Instruction.answer(answer), tokenize=False
+        )
         starts.append(len(tokenizer(prompt, add_special_tokens=False).input_ids))
         coded.append(tokenizer(whole, add_special_tokens=False).input_ids[:max_tokens])
     ids, lengths = pad_right(coded)

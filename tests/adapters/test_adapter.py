@@ -36,7 +36,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
+def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     model = load(tiny_model)
     adapter = random_adapter(model, 1)
     adapter.save(tmp_path, "some/base")
@@ -45,7 +47,10 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(tiny_model: Path,
     through_peft = logits(PeftModel.from_pretrained(load(tiny_model), tmp_path).eval())
     assert torch.allclose(folded, through_peft, atol=1e-5)
     assert not torch.allclose(folded, logits(model), atol=1e-3)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "some/base"
+    )
 
 
 def test_round_trip_through_the_file_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -125,7 +130,9 @@ def test_what_the_algebra_cannot_represent_is_refused(
 
 
 @pytest.mark.parametrize("targets", [("nothing",), ("embed_tokens",), ("q_proj", "embed_tokens")])
-def test_targets_that_are_no_linear_layers_are_refused(tiny_model: Path, targets: tuple[str, ...]) -> None:
+def test_targets_that_are_no_linear_layers_are_refused(
+    tiny_model: Path, targets: tuple[str, ...]
+) -> None:
     with pytest.raises(lora.UnsupportedAdapter, match="targets"):
         lora.attach(load(tiny_model), AdapterSpec(2, 4.0, targets))
 

@@ -18,11 +18,11 @@ ROWS = [[4, 8, 15, 16, 23, 42], [7, 7, 3], [9, 1], [5]]
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Path):  # noqa: ANN201
+def base(tiny_model: Path):
     return load_base(ModelSettings(source="path", path=str(tiny_model)))
 
 
-def test_note_loss_is_the_mean_over_its_own_tokens(base) -> None:  # noqa: ANN001
+def test_note_loss_is_the_mean_over_its_own_tokens(base) -> None:
     batched = note_losses(base.model, *pad_right(ROWS))
     for row, loss in zip(ROWS, batched, strict=True):
         if len(row) < 2:
@@ -34,13 +34,15 @@ def test_note_loss_is_the_mean_over_its_own_tokens(base) -> None:  # noqa: ANN00
 
 
 @pytest.mark.parametrize("fill", [0, 1, 250])
-def test_the_padding_token_is_never_read(base, fill: int) -> None:  # noqa: ANN001
+def test_the_padding_token_is_never_read(base, fill: int) -> None:
     assert torch.allclose(
-        note_losses(base.model, *pad_right(ROWS, fill)), note_losses(base.model, *pad_right(ROWS)), atol=1e-6
+        note_losses(base.model, *pad_right(ROWS, fill)),
+        note_losses(base.model, *pad_right(ROWS)),
+        atol=1e-6,
     )
 
 
-def test_score_is_the_sum_over_texts_and_counts_their_characters(base) -> None:  # noqa: ANN001
+def test_score_is_the_sum_over_texts_and_counts_their_characters(base) -> None:
     texts = ["the patient was seen today", "given aspirin", "x" * 400]
     together = score_texts(base.model, base.tokenizer, texts, 32)
     apart = sum(
@@ -54,6 +56,6 @@ def test_score_is_the_sum_over_texts_and_counts_their_characters(base) -> None: 
     assert together.chars < sum(map(len, texts))  # the window, not the whole text
 
 
-def test_nothing_to_score_is_an_error(base) -> None:  # noqa: ANN001
+def test_nothing_to_score_is_an_error(base) -> None:
     with pytest.raises(ValueError, match="long enough"):
         score_texts(base.model, base.tokenizer, [""], 32)

@@ -26,7 +26,13 @@ def families(draw: st.DrawFn) -> tuple[list[LowRank], list[float]]:
     m, n = draw(shapes)
     count = draw(st.integers(1, 5))
     parts = [
-        draw_update(m, n, draw(st.integers(1, 6)), draw(st.integers(0, 10**6)), draw(st.sampled_from([0.0, 1e-6, 1.0, 1e4])))
+        draw_update(
+            m,
+            n,
+            draw(st.integers(1, 6)),
+            draw(st.integers(0, 10**6)),
+            draw(st.sampled_from([0.0, 1e-6, 1.0, 1e4])),
+        )
         for _ in range(count)
     ]
     weights = draw(st.lists(st.floats(-2, 2), min_size=count, max_size=count))

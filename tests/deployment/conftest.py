@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import processes
+from transport import processes
 
 COMMAND = [sys.executable, str(processes.ROOT / "wardround.py")]
 

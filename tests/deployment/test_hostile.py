@@ -18,7 +18,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-import processes
+from transport import processes
 
 if TYPE_CHECKING:
     from conftest import Loopback

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-import processes
 from adapters.adapter import Adapter
 from server.run_folder import RunFolder
+from transport import processes
 
 if TYPE_CHECKING:
     from conftest import Loopback

@@ -35,11 +35,13 @@ def hospitals(count: int, seed: int, shared: bool) -> list[Adapter]:
 
 
 def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
-    return {n: d.double().dense() for n, d in adapter.deltas().items()}
+    return {n: d.to(torch.float64).dense() for n, d in adapter.deltas().items()}
 
 
 def close(one: Adapter, other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> bool:
-    return all(torch.allclose(v, other[n], atol=tolerance, rtol=tolerance) for n, v in dense(one).items())
+    return all(
+        torch.allclose(v, other[n], atol=tolerance, rtol=tolerance) for n, v in dense(one).items()
+    )
 
 
 def mean_of_products(adapters: list[Adapter], weights: list[float]) -> dict[str, torch.Tensor]:
@@ -113,9 +115,13 @@ def test_product_mean_does_not_depend_on_the_gauge_and_fedavg_does() -> None:
             layers[n] = LowRank(layer.B @ G, torch.linalg.inv(G) @ layer.A)
         turned.append(Adapter(SPEC, layers))
     exact = get_strategy("product_mean")
-    assert close(exact.merge(turned, weights).adapter, dense(exact.merge(adapters, weights).adapter), 1e-4)
+    assert close(
+        exact.merge(turned, weights).adapter, dense(exact.merge(adapters, weights).adapter), 1e-4
+    )
     naive = get_strategy("fedavg")
-    assert not close(naive.merge(turned, weights).adapter, dense(naive.merge(adapters, weights).adapter), 1e-2)
+    assert not close(
+        naive.merge(turned, weights).adapter, dense(naive.merge(adapters, weights).adapter), 1e-2
+    )
 
 
 def test_fedavg_is_off_by_exactly_the_covariance_of_the_factors() -> None:
@@ -184,4 +190,6 @@ def test_stacking_is_the_sum() -> None:
     one, other = hospitals(2, 9, shared=False)
     for n in NAMES:
         total = stack([one.layers[n], other.layers[n]])
-        assert torch.allclose(total.dense(), one.layers[n].dense() + other.layers[n].dense(), atol=1e-5)
+        assert torch.allclose(
+            total.dense(), one.layers[n].dense() + other.layers[n].dense(), atol=1e-5
+        )

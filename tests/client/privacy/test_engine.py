@@ -87,7 +87,9 @@ def test_unit_gradients_equal_a_loop_of_single_notes(model: PeftModel) -> None:
 def test_sum_does_not_depend_on_order_or_micro_batching(
     model: PeftModel, units: list[list[list[int]]], micro: int
 ) -> None:
-    assert difference(clipped_sum(model, units, 0.5, micro), clipped_sum(model, UNITS, 0.5, 99)) < 1e-6
+    assert (
+        difference(clipped_sum(model, units, 0.5, micro), clipped_sum(model, UNITS, 0.5, 99)) < 1e-6
+    )
 
 
 @settings(deadline=None, max_examples=20)
@@ -172,7 +174,7 @@ NOTES = [
         "Chest pain for two days, worse on exertion. Aspirin 81 mg daily was started.",
         "Discharged home in stable condition.",
     ],
-    ["No acute distress. Lungs clear to auscultation bilaterally. Review in four weeks, or sooner."],
+    ["No acute distress. Lungs clear to auscultation on both sides. Review in four weeks."],
 ]
 
 
@@ -202,7 +204,7 @@ def test_embedded_model_equals_the_loop_and_moves_every_trained_tensor() -> None
 
 
 def test_batch_averaged_loss_would_break_the_promise(model: PeftModel) -> None:
-    """Sabotage: with the loss that averages over the batch's tokens, batch mates change a gradient."""
+    """Sabotage: averaging over the tokens of the batch lets batch mates change a gradient."""
 
     def gradients(rows: list[list[int]]) -> torch.Tensor:
         ids, lengths = pad_right(rows)

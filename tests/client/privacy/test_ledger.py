@@ -118,7 +118,8 @@ def test_a_killed_process_leaves_its_charge(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     code = (
         "import os, signal, sys; from pathlib import Path;"
-        "from client.privacy.ledger import Ledger; from client.privacy.accountant import GaussianSteps;"
+        "from client.privacy.ledger import Ledger;"
+        "from client.privacy.accountant import GaussianSteps;"
         "l = Ledger(Path(sys.argv[1]), 'notes', 50.0, 1e-5);"
         "l.reserve(GaussianSteps(0.2, 1.0, 2), run='r', round=1);"
         "os.kill(os.getpid(), signal.SIGKILL)"

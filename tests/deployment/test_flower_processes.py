@@ -14,7 +14,7 @@ import psutil
 import pytest
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
-import processes
+from transport import processes
 
 COMMANDS = sorted(set(TASK_TYPE_TO_COMMAND.values()))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 REFUSED = 77  # exit status of a refusing command
 _KILL_S = 5.0  # a killed process is gone within
 

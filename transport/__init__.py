@@ -1,0 +1,1 @@
+"""What client and server share on the way between them: message format, and Flower's processes."""
