@@ -29,6 +29,7 @@ for _name, _value in {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # the bars of libraries would write over ours
 }.items():
     os.environ.setdefault(_name, _value)
 

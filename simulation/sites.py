@@ -36,7 +36,7 @@ Notes = list[Note]
 
 @dataclass(frozen=True)
 class Site:
-    """A simulated hospital: its policy, and the hospitals whose notes it holds (one, or several)."""
+    """A simulated hospital: its policy, and the hospitals whose notes it holds."""
 
     policy: SitePolicy
     stands_for: tuple[str, ...]

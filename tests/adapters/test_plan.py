@@ -1,0 +1,42 @@
+"""The training plan: what it derives, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from adapters.plan import TrainingPlan, plan_round
+from conf.load import load
+from conf.schema import RunSettings
+
+SETTINGS = load("simulate", ["federation.rounds=3", "federation.local_steps=4"], RunSettings)
+PRINT = "a" * 64
+
+
+def test_steps_left_count_this_round_and_all_that_follow() -> None:
+    left = [plan_round(SETTINGS, "run", n, PRINT).steps_left for n in (1, 2, 3)]
+    assert left == [12, 8, 4]
+
+
+def test_learning_rate_decays_linearly_over_the_whole_plan() -> None:
+    plans = [plan_round(SETTINGS, "run", n, PRINT) for n in (1, 2, 3)]
+    rates = [plan.learning_rate(step) for plan in plans for step in range(4)]
+    optimizer = SETTINGS.optimizer
+    assert rates[0] == optimizer.learning_rate
+    assert rates[-1] == pytest.approx(optimizer.learning_rate * optimizer.final_fraction)
+    drops = [a - b for a, b in zip(rates, rates[1:], strict=False)]
+    assert drops == pytest.approx([drops[0]] * 11)
+
+
+def test_plan_survives_the_wire() -> None:
+    plan = plan_round(SETTINGS, "run", 2, PRINT)
+    assert TrainingPlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+@pytest.mark.parametrize(
+    "change", [{"base_model": "x"}, {"run": "../up"}, {"round": 0}, {"notes": "all"}]
+)
+def test_impossible_plans_are_refused(change: dict[str, object]) -> None:
+    raw = plan_round(SETTINGS, "run", 1, PRINT).model_dump() | change
+    with pytest.raises(ValidationError):
+        TrainingPlan.model_validate(raw)
