@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adapters.adapter import AdapterSpec
 from conf.schema import (
@@ -34,6 +34,12 @@ class TrainingPlan(Settings):
     privacy: PrivacySettings
     optimizer: OptimizerSettings
     upload: Literal["B", "both"]
+
+    @model_validator(mode="after")
+    def _round_is_planned(self) -> TrainingPlan:
+        if self.round > self.rounds:
+            raise ValueError(f"round {self.round} of {self.rounds}")
+        return self
 
     @property
     def spec(self) -> AdapterSpec:

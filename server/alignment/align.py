@@ -18,7 +18,7 @@ from adapters.adapter import Adapter, AdapterSpec, sum_exactly
 from adapters.base_model import BaseModel
 from conf.schema import AlignmentSettings
 from server.alignment.mediflow import InstructionSet
-from server.alignment.stages import StageRecord, quiet_libraries, run_dpo, run_sft
+from server.alignment.stages import Bench, StageRecord, quiet_libraries, run_dpo, run_sft
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,18 @@ def align(
     """
     quiet_libraries()
     spec = AdapterSpec(settings.rank, settings.alpha, settings.targets)
-    model, tokenizer, limit = base.model, base.tokenizer, settings.max_tokens
     parts = [merged]
     records: dict[str, StageRecord] = {}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as before:
-        before.enter_context(lora.folded(model, merged))
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as before:
+        bench = Bench(base.model, base.tokenizer, spec, settings.max_tokens, seed, Path(scratch))
+        before.enter_context(lora.folded(base.model, merged))
         for stage, steps, run in (
-            ("sft", settings.sft.steps, partial(run_sft, rows=data.sft, settings=settings.sft)),
-            ("dpo", settings.dpo.steps, partial(run_dpo, rows=data.dpo, settings=settings.dpo)),
+            ("sft", settings.sft.steps, partial(run_sft, bench, data.sft, settings.sft)),
+            ("dpo", settings.dpo.steps, partial(run_dpo, bench, data.dpo, settings.dpo)),
         ):
             if steps == 0:
                 continue
-            adapter, records[stage] = run(
-                model,
-                tokenizer,
-                spec=spec,
-                max_tokens=limit,
-                seed=seed,
-                scratch=Path(name),
-                on_step=partial(on_step, stage.upper()),
-            )
-            before.enter_context(lora.folded(model, adapter))
+            adapter, records[stage] = run(partial(on_step, stage.upper()))
+            before.enter_context(lora.folded(base.model, adapter))
             parts.append(adapter)
     return Alignment(sum_exactly(parts), records)

@@ -50,71 +50,56 @@ class StageRecord:
         return {k: v for k, v in asdict(self).items() if v != []}
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What both stages work on and with; ``model`` holds everything before the stage folded in."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: AdapterSpec
+    max_tokens: int
+    seed: int
+    scratch: Path
+
+
 def run_sft(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Instruction],
-    spec: AdapterSpec,
-    settings: StageSettings,
-    max_tokens: int,
-    seed: int,
-    scratch: Path,
-    on_step: OnStep,
+    bench: Bench, rows: Sequence[Instruction], settings: StageSettings, on_step: OnStep
 ) -> tuple[Adapter, StageRecord]:
     """Fit answers given instruction and input; the loss counts answer tokens only."""
-    data = Dataset.from_list(
-        [{"prompt": r.prompt, "completion": Instruction.answer(r.output)} for r in rows]
-    )
-    config = SFTConfig(
-        **_common(settings, seed, scratch, max_tokens), completion_only_loss=True, loss_type="nll"
-    )
+    data = [{"prompt": r.prompt, "completion": Instruction.answer(r.output)} for r in rows]
     trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=spec.peft_config(),
+        model=bench.model,
+        args=SFTConfig(**_common(bench, settings), completion_only_loss=True),
+        train_dataset=Dataset.from_list(data),
+        processing_class=bench.tokenizer,
+        peft_config=bench.spec.peft_config(),
     )
-    return _train(trainer, spec, StageRecord(settings.steps, len(rows)), on_step)
+    return _train(trainer, bench.spec, StageRecord(settings.steps, len(rows)), on_step)
 
 
 def run_dpo(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Instruction],
-    spec: AdapterSpec,
-    settings: DpoSettings,
-    max_tokens: int,
-    seed: int,
-    scratch: Path,
-    on_step: OnStep,
+    bench: Bench, rows: Sequence[Instruction], settings: DpoSettings, on_step: OnStep
 ) -> tuple[Adapter, StageRecord]:
     """Prefer ``output`` to ``rejected``, held near the model as it was before (beta)."""
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": r.prompt,
-                "chosen": Instruction.answer(r.output),
-                "rejected": Instruction.answer(r.rejected),
-            }
-            for r in rows
-        ]
-    )
-    config = DPOConfig(**_common(settings, seed, scratch, max_tokens), beta=settings.beta)
+    answer = Instruction.answer
+    data = [
+        {"prompt": r.prompt, "chosen": answer(r.output), "rejected": answer(r.rejected)}
+        for r in rows
+    ]
     trainer = DPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=spec.peft_config(),
+        model=bench.model,
+        args=DPOConfig(**_common(bench, settings), beta=settings.beta),
+        train_dataset=Dataset.from_list(data),
+        processing_class=bench.tokenizer,
+        peft_config=bench.spec.peft_config(),
     )
-    return _train(trainer, spec, StageRecord(settings.steps, len(rows)), on_step)
+    return _train(trainer, bench.spec, StageRecord(settings.steps, len(rows)), on_step)
 
 
-def _common(settings: StageSettings, seed: int, scratch: Path, max_tokens: int) -> dict[str, Any]:
+def _common(bench: Bench, settings: StageSettings) -> dict[str, Any]:
     """Trainer arguments of both stages: nothing is saved, reported or sent anywhere."""
     return {
-        "output_dir": str(scratch),
+        "output_dir": str(bench.scratch),
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch,
         "learning_rate": settings.learning_rate,
@@ -124,9 +109,9 @@ def _common(settings: StageSettings, seed: int, scratch: Path, max_tokens: int) 
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "seed": seed,
-        "data_seed": seed,
-        "max_length": max_tokens,
+        "seed": bench.seed,
+        "data_seed": bench.seed,
+        "max_length": bench.max_tokens,
         "gradient_checkpointing": False,
         "bf16": False,
         "dataloader_pin_memory": False,

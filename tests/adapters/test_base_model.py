@@ -56,7 +56,9 @@ def test_a_model_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     base_model._embedded_package.cache_clear()
     monkeypatch.setattr(base_model, "_PACKAGE", "no_such_package_here")
     try:

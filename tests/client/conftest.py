@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec
@@ -114,6 +115,9 @@ def hospital(
     tmp_path: Path, policy: Callable[..., SitePolicy], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Hospital]:
     """Install a policy on this machine, as a file named by its environment."""
+
+    for name in ("_task_id", "_run_id", "_node_id"):  # Flower sets these in its own processes
+        monkeypatch.setattr(TaskIdentity, name, 1)
 
     def install(**others: Any) -> Hospital:
         own = policy(**others)

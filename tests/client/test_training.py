@@ -1,0 +1,220 @@
+"""One round at a hospital: the order of things, what a crash leaves, and what a seed decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from adapters.plan import TrainingPlan
+from client import training
+from client.privacy.accountant import GaussianSteps
+from client.privacy.ledger import Ledger
+from client.refusal import Reason, Refusal
+from client.training import train_round, training_units
+from conf.policy import SitePolicy
+
+MakePlan = Callable[..., TrainingPlan]
+MakePolicy = Callable[..., SitePolicy]
+Start = tuple[Adapter, str]
+
+OPEN = {"required": False}
+OFF = {"enabled": False, "clip_norm": 5.0, "sampling_rate": 0.5}
+
+
+def ledger_of(policy: SitePolicy) -> Ledger:
+    return Ledger(policy.ledger, policy.lineage, policy.privacy.epsilon, policy.privacy.delta)
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+# --- the order that keeps the promises ---------------------------------------------------------
+
+
+def test_the_charge_is_on_disk_before_the_first_gradient(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, seen = policy(), []
+    for name in ("poisson_sample", "clipped_sum"):
+
+        def watched(*arguments: Any, real: Any = getattr(training, name)) -> Any:
+            with ledger_of(own) as other:  # as another process would read it
+                seen.append(other.history())
+            return real(*arguments)
+
+        monkeypatch.setattr(training, name, watched)
+    outgoing = train_round(plan(), starting_point[0], own)
+    charge = GaussianSteps(1.0, float(outgoing.facts["noise_multiplier"]), 2)
+    assert seen == [(charge,)] * 4  # a sample and a gradient, twice
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_round_stays_charged_and_the_next_counts_it(
+    end: type[BaseException],
+    policy: MakePolicy,
+    plan: MakePlan,
+    starting_point: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = policy()
+
+    def interrupt(step: int) -> None:
+        raise end
+
+    with pytest.raises(end):
+        train_round(plan(), starting_point[0], own, interrupt)
+    with ledger_of(own) as ledger:
+        assert [entry.state for entry in ledger.entries()] == ["RESERVED"]
+        (lost,) = ledger.history()
+        assert lost.steps == 2
+    again = train_round(plan(), starting_point[0], own)
+    with ledger_of(own) as ledger:
+        assert ledger.history()[0] == lost
+        assert len(ledger.history()) == 2
+        assert 0 < ledger.spent() <= ledger.budget
+    assert float(again.facts["noise_multiplier"]) > lost.noise_multiplier
+
+
+def test_a_second_run_pays_from_what_the_first_left(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    own = policy()
+    for run in ("first", "second"):
+        outgoing = train_round(plan(run=run), starting_point[0], own)
+    assert float(outgoing.facts["epsilon_spent"]) <= own.privacy.epsilon
+    with ledger_of(own) as ledger:
+        first, second = ledger.history()
+    assert second.noise_multiplier > first.noise_multiplier
+
+
+# --- noise -------------------------------------------------------------------------------------
+
+
+def test_two_private_results_differ_by_exactly_the_noise_that_was_charged(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, tmp_path: Path
+) -> None:
+    """One step at full sampling: everything but the noise is the same in both, and cancels."""
+    wide = {"rank": 2, "targets": ("q_proj", "v_proj")}
+    asked = plan(rounds=4, local_steps=1, adapter=wide, optimizer={"learning_rate": 3.0})
+    one, two = (
+        train_round(asked, starting_point[0], policy(ledger=tmp_path / f"{i}.sqlite"))
+        for i in range(2)
+    )
+    sigma = float(one.facts["noise_multiplier"])
+    assert sigma == two.facts["noise_multiplier"]
+    difference = flat(one.tensors) - flat(two.tensors)
+    expected = 3.0 * sigma * 1.0 / 20 * 2**0.5  # rate, noise, clip norm, denominator, two draws
+    assert difference.numel() > 150
+    assert float(difference.std()) == pytest.approx(expected, rel=0.25)
+    assert abs(float(difference.mean())) < 5 * expected / difference.numel() ** 0.5
+
+
+def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("drawn or opened")
+
+    monkeypatch.setattr(training, "SecureRandomness", never)
+    monkeypatch.setattr(training, "Ledger", never)
+    own = policy(privacy=OPEN)
+    outgoing = train_round(plan(privacy=OFF), starting_point[0], own)
+    assert not own.ledger.exists()
+    assert not {"epsilon_spent", "noise_multiplier", "delta"} & set(outgoing.facts)
+    with pytest.raises(AssertionError, match="opened"):  # and the patch does reach the private path
+        train_round(plan(), starting_point[0], own)
+
+
+# --- what a seed decides, and what a cut does not -----------------------------------------------
+
+
+def test_a_seed_decides_everything_where_privacy_is_off(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    own = policy(privacy=OPEN)
+
+    def result(**others: Any) -> Tensor:
+        return flat(train_round(plan(privacy=OFF, **others), starting_point[0], own).tensors)
+
+    first = result()
+    assert torch.equal(result(), first)
+    assert not torch.equal(result(seed=4), first)
+    assert not torch.equal(result(round=2), first)  # another round draws other patients
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_how_a_batch_is_cut_changes_nothing(
+    optimizer: str, policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    own, results = policy(privacy=OPEN), []
+    for micro_batch in (1, 7, 64):
+        asked = plan(privacy=OFF | {"micro_batch": micro_batch}, optimizer={"name": optimizer})
+        results.append(flat(train_round(asked, starting_point[0], own).tensors))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-5)
+    assert float(results[0].abs().max()) > 1e-3
+
+
+def test_learning_rate_and_steps_are_the_plans(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    """SGD from B = 0 with one step: B is linear in the rate, and two steps move further."""
+    own, steps = policy(privacy=OPEN), []
+
+    def result(rate: float, **others: Any) -> Tensor:
+        asked = plan(privacy=OFF, optimizer={"learning_rate": rate}, **others)
+        return flat(train_round(asked, starting_point[0], own, steps.append).tensors)
+
+    single = result(1.0, local_steps=1)
+    torch.testing.assert_close(result(0.5, local_steps=1), single / 2, rtol=1e-4, atol=1e-7)
+    double = result(1.0, local_steps=2)
+    assert float(double.norm()) > 1.3 * float(single.norm())
+    assert steps == [1, 1, 1, 2]
+
+
+# --- which notes ---------------------------------------------------------------------------------
+
+
+def test_held_out_patients_are_never_trained_on(policy: MakePolicy, notes_file: Path) -> None:
+    units, has_patients = training_units(policy(), "patient")
+    assert has_patients
+    assert 30 < len(units) < 60  # of 60
+    assert all(note.patient_id == unit for unit, notes in units.items() for note in notes)
+    by_note, _ = training_units(policy(), "note")
+    assert len(by_note) == sum(map(len, units.values()))
+    assert {n.patient_id for notes in by_note.values() for n in notes} == set(units)
+    assert {note.text for notes in by_note.values() for note in notes} == {
+        note.text for notes in units.values() for note in notes
+    }
+
+
+def test_a_note_is_cut_to_the_plans_window(
+    policy: MakePolicy,
+    plan: MakePlan,
+    starting_point: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, lengths = training.clipped_sum, []
+
+    def watched(model: Any, units: Any, *others: Any) -> Any:
+        lengths.extend(len(note) for unit in units for note in unit)
+        return real(model, units, *others)
+
+    monkeypatch.setattr(training, "clipped_sum", watched)
+    train_round(plan(privacy=OFF | {"max_tokens": 11}), starting_point[0], policy(privacy=OPEN))
+    assert set(lengths) == {11}
+
+
+def test_unusable_notes_are_a_refusal_whose_detail_is_for_the_site(policy: MakePolicy) -> None:
+    with pytest.raises(Refusal) as refusal:
+        training_units(policy(notes={"path": Path("/nowhere/notes.jsonl")}), "patient")
+    assert refusal.value.reason is Reason.NOTES_UNUSABLE
+    assert "/nowhere" not in str(refusal.value)
+    assert "notes.path=/nowhere/notes.jsonl" in refusal.value.detail
