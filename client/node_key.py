@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from processes import write_private
+from transport.processes import write_private
 
 
 class NodeKeyError(RuntimeError):

@@ -29,6 +29,8 @@ def read_policy(path: Path) -> SitePolicy:
         return SitePolicy.model_validate(raw)
     except FileNotFoundError:
         raise SiteError(f"{path}: no such site policy") from None
+    except (OSError, UnicodeDecodeError):
+        raise SiteError(f"{path}: not a readable file of UTF-8 text") from None
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -1,22 +1,35 @@
-"""Compose a configuration with Hydra and turn every mistake into one line a person can act on."""
+"""Compose a configuration with Hydra and turn every mistake into one line a person can act on.
+
+A group choice (``privacy=none``) goes to Hydra. A value (``privacy.epsilon=3``) follows Hydra's
+grammar too, so that lists, numbers and null can be written; what that grammar does not know, such
+as a path with a comma, is taken as the plain text it is.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 FOLDER = Path(__file__).resolve().parent
 T = TypeVar("T", bound=BaseModel)
+
+_OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=(.*)", re.DOTALL)
+_CLEARER = {  # what pydantic says in the words of a programmer
+    "path_type": "must be a path (write ./NAME where NAME would read as a number)",
+    "tuple_type": "must be a list, such as [a,b]",
+}
 
 
 class ConfigError(ValueError):
@@ -28,7 +41,20 @@ def load(command: str, overrides: Sequence[str], kind: type[T]) -> T:
 
     Raises ConfigError.
     """
-    return validate(_compose(command, overrides), kind)
+    defaults = OmegaConf.to_container(_compose(command, []))
+    assert isinstance(defaults, dict)
+    chosen = [o for o in overrides if _checked(o, defaults) in groups(defaults)]
+    config = _compose(command, chosen)
+    try:
+        for override in (o for o in overrides if o not in chosen):
+            key, _, value = override.partition("=")
+            OmegaConf.update(config, key, _value(override, value))
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"{missing[0]} must be given; see wardround {command} --help")
+        return validate(OmegaConf.to_container(config, resolve=True), kind)
+    except OmegaConfBaseException as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise ConfigError(f"{problem.full_key}: {reason}") from None
 
 
 def validate(raw: Any, kind: type[T]) -> T:
@@ -38,7 +64,7 @@ def validate(raw: Any, kind: type[T]) -> T:
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = _CLEARER.get(first["type"], first["msg"].removeprefix("Value error, "))
         given = (
             f"{key}={_short(first['input'])}: " if key and first["type"] != "value_error" else ""
         )
@@ -48,70 +74,73 @@ def validate(raw: Any, kind: type[T]) -> T:
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Every combination of comma-separated choices: ``a=1,2 b=3`` -> ``[[a=1, b=3], [a=2, b=3]]``.
 
-    Raises ConfigError when an override cannot be parsed.
+    A value in quotes is one choice, whatever is in it.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except (HydraException, OverrideParseException) as problem:
-        raise ConfigError(_first_line(problem)) from None
-    choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [str(o.input_line)]
-        for o in parsed
-    ]
-    return [list(job) for job in itertools.product(*choices)]
+    return [list(job) for job in itertools.product(*map(_choices, overrides))]
 
 
-def groups() -> dict[str, list[str]]:
-    """Configuration groups and their choices, for help and messages."""
+def groups(config: Mapping[Any, Any] | None = None) -> dict[str, list[str]]:
+    """Configuration groups and their choices; with ``config``, those that it is composed of."""
     return {
         folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
         for folder in sorted(FOLDER.iterdir())
-        if folder.is_dir() and folder.name != "__pycache__"
+        if folder.is_dir()
+        and folder.name != "__pycache__"
+        and (config is None or isinstance(config.get(folder.name), dict))
     }
 
 
-def _compose(command: str, overrides: Sequence[str]) -> Any:
-    try:
-        return _raw(command, overrides)
-    except (HydraException, OmegaConfBaseException) as problem:
-        for override in overrides:  # find the one that is to blame
-            try:
-                _raw(command, [override])
-            except (HydraException, OmegaConfBaseException):
-                raise ConfigError(_explain(command, override)) from None
-        raise ConfigError(_first_line(problem)) from None
-
-
-def _raw(command: str, overrides: Sequence[str]) -> Any:
+def _compose(command: str, chosen: list[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(FOLDER)):
-        composed = compose(config_name=command, overrides=list(overrides))
-    return OmegaConf.to_container(composed, resolve=True)
+        return compose(config_name=command, overrides=chosen)
 
 
-def _explain(command: str, override: str) -> str:
-    key, equals, value = override.lstrip("+~").partition("=")
-    if not equals:
-        return f"'{override}': write an option as key=value"
-    choices = groups()
-    if key in choices and value not in choices[key]:
-        return f"{key}={value}: choose one of {', '.join(choices[key])}"
-    node: Any = _raw(command, [])
+def _checked(override: str, defaults: Mapping[Any, Any]) -> str:
+    """The override's key, once it and its choice are known to exist. Raises ConfigError."""
+    option = _OPTION.fullmatch(override)
+    if option is None:
+        raise ConfigError(f"'{override}': write an option as key=value")
+    key, value = option.groups()
+    node: Any = defaults
     parent = ""
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
-            allowed = ", ".join(sorted(node)) if isinstance(node, dict) else "nothing"
+            allowed = ", ".join(sorted(node)) if isinstance(node, dict) else "no keys"
             where = f"under {parent} there are" if parent else "there are"
-            return f"unknown key {key} (={value}); {where}: {allowed}"
+            raise ConfigError(f"unknown key {key} (={value}); {where}: {allowed}")
         node, parent = node[part], f"{parent}.{part}".lstrip(".")
-    return f"{key}={value}: the value cannot be read"
+    if isinstance(node, dict):
+        choices = groups(defaults).get(key)
+        if choices is None:
+            keys = ", ".join(f"{key}.{name}" for name in node)
+            raise ConfigError(f"{key}={value}: set one of its keys: {keys}")
+        if value not in choices:
+            several = " (for several, one after the other: --multirun)" if "," in value else ""
+            raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}{several}")
+    return key
+
+
+def _value(override: str, text: str) -> Any:
+    """The value of ``key=text`` as Hydra reads it, or the text itself."""
+    parsed = _parse(override)
+    return text if parsed is None or parsed.is_sweep_override() else parsed.value()
+
+
+def _choices(override: str) -> list[str]:
+    parsed = _parse(override)
+    if parsed is None or not parsed.is_sweep_override():
+        return [override]
+    return [f"{parsed.get_key_element()}={choice}" for choice in parsed.sweep_string_iterator()]
+
+
+def _parse(override: str) -> Override | None:
+    """The override as Hydra's grammar reads it; None where it does not."""
+    try:
+        return OverridesParser.create().parse_override(override)
+    except (HydraException, OverrideParseException):
+        return None
 
 
 def _short(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().splitlines()[0]

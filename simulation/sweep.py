@@ -50,6 +50,6 @@ def _pooled_reference(jobs: Sequence[list[str]]) -> list[list[str]]:
 
 
 def _label(job: Sequence[str]) -> str:
-    parts = [o.replace("=", "-") for o in job]
+    parts = [o.replace("=", "-") for o in job if not o.startswith("runs=")]
     cleaned = "".join(c if c.isalnum() or c in "-_." else "-" for c in "_".join(parts))
     return cleaned[:60] or "default"

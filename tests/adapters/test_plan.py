@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from pydantic import ValidationError
 
@@ -24,7 +26,7 @@ def test_learning_rate_decays_linearly_over_the_whole_plan() -> None:
     optimizer = SETTINGS.optimizer
     assert rates[0] == optimizer.learning_rate
     assert rates[-1] == pytest.approx(optimizer.learning_rate * optimizer.final_fraction)
-    drops = [a - b for a, b in zip(rates, rates[1:], strict=False)]
+    drops = [a - b for a, b in pairwise(rates)]
     assert drops == pytest.approx([drops[0]] * 11)
 
 

@@ -195,8 +195,8 @@ def test_an_unreadable_plan_is_refused(
         assert refused(east.send(task)) is Reason.PLAN_INVALID
     task = pack_task(plan(), starting_point[0])
     tensors = starting_point[0].tensors()
-    next(iter(tensors.values())).data = torch.full((2, 32), float("nan"))
-    task["adapter"] = ArrayRecord(tensors)
+    first = next(iter(tensors))
+    task["adapter"] = ArrayRecord({**tensors, first: torch.full((2, 32), float("nan"))})
     assert refused(east.send(task)) is Reason.PLAN_INVALID
     assert east.states() == []
 

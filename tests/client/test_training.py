@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import lora
 from adapters.adapter import Adapter
+from adapters.base_model import load_base
 from adapters.plan import TrainingPlan
 from client import training
 from client.privacy.accountant import GaussianSteps
 from client.privacy.ledger import Ledger
+from client.privacy.randomness import SecureRandomness
 from client.refusal import Reason, Refusal
 from client.training import train_round, training_units
 from conf.policy import SitePolicy
+from conf.schema import ModelSettings
 
 MakePlan = Callable[..., TrainingPlan]
 MakePolicy = Callable[..., SitePolicy]
@@ -42,14 +46,17 @@ def test_the_charge_is_on_disk_before_the_first_gradient(
     policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, seen = policy(), []
-    for name in ("poisson_sample", "clipped_sum"):
 
-        def watched(*arguments: Any, real: Any = getattr(training, name)) -> Any:
+    def watch(real: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
             with ledger_of(own) as other:  # as another process would read it
                 seen.append(other.history())
             return real(*arguments)
 
-        monkeypatch.setattr(training, name, watched)
+        return watched
+
+    for name in ("poisson_sample", "clipped_sum"):
+        monkeypatch.setattr(training, name, watch(getattr(training, name)))
     outgoing = train_round(plan(), starting_point[0], own)
     charge = GaussianSteps(1.0, float(outgoing.facts["noise_multiplier"]), 2)
     assert seen == [(charge,)] * 4  # a sample and a gradient, twice
@@ -98,22 +105,27 @@ def test_a_second_run_pays_from_what_the_first_left(
 
 
 def test_two_private_results_differ_by_exactly_the_noise_that_was_charged(
-    policy: MakePolicy, plan: MakePlan, starting_point: Start, tmp_path: Path
+    policy: MakePolicy, plan: MakePlan, tiny_model: Path, tmp_path: Path
 ) -> None:
     """One step at full sampling: everything but the noise is the same in both, and cancels."""
-    wide = {"rank": 2, "targets": ("q_proj", "v_proj")}
-    asked = plan(rounds=4, local_steps=1, adapter=wide, optimizer={"learning_rate": 3.0})
+    wide = {"rank": 8, "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")}
+    asked = plan(
+        rounds=4, local_steps=1, adapter=wide, optimizer={"learning_rate": 3.0},
+        privacy={"clip_norm": 0.7},
+    )  # fmt: skip
+    base = load_base(ModelSettings(source="path", path=str(tiny_model)))
+    start = lora.initial(base.model, asked.spec, seed=5)
     one, two = (
-        train_round(asked, starting_point[0], policy(ledger=tmp_path / f"{i}.sqlite"))
-        for i in range(2)
+        train_round(asked, start, policy(ledger=tmp_path / f"{i}.sqlite")) for i in range(2)
     )
     sigma = float(one.facts["noise_multiplier"])
     assert sigma == two.facts["noise_multiplier"]
     difference = flat(one.tensors) - flat(two.tensors)
-    expected = 3.0 * sigma * 1.0 / 20 * 2**0.5  # rate, noise, clip norm, denominator, two draws
-    assert difference.numel() > 150
-    assert float(difference.std()) == pytest.approx(expected, rel=0.25)
-    assert abs(float(difference.mean())) < 5 * expected / difference.numel() ** 0.5
+    expected = 3.0 * sigma * 0.7 / 20 * 2**0.5  # rate, noise, clip norm, denominator, two draws
+    n = difference.numel()
+    assert n > 2500
+    assert float(difference.std()) == pytest.approx(expected, rel=5 / (2 * n) ** 0.5)
+    assert abs(float(difference.mean())) < 5 * expected / n**0.5
 
 
 def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
@@ -122,8 +134,8 @@ def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
     def never(*_: object) -> None:
         raise AssertionError("drawn or opened")
 
-    monkeypatch.setattr(training, "SecureRandomness", never)
-    monkeypatch.setattr(training, "Ledger", never)
+    monkeypatch.setattr(SecureRandomness, "__init__", never)
+    monkeypatch.setattr(Ledger, "__init__", never)
     own = policy(privacy=OPEN)
     outgoing = train_round(plan(privacy=OFF), starting_point[0], own)
     assert not own.ledger.exists()

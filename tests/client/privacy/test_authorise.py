@@ -1,0 +1,139 @@
+"""A plan passes only while every limit of the site policy holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from adapters.plan import TrainingPlan
+from client.privacy.authorise import authorise
+from client.refusal import Reason, Refusal
+from conf.policy import SitePolicy
+
+MakePlan = Callable[..., TrainingPlan]
+MakePolicy = Callable[..., SitePolicy]
+
+
+def verdict(plan: TrainingPlan, policy: SitePolicy, has_patients: bool = True) -> Reason | None:
+    try:
+        authorise(plan, policy, plan.base_model, has_patients)
+    except Refusal as refusal:
+        return refusal.reason
+    return None
+
+
+def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) -> None:
+    assert verdict(plan(), policy()) is None
+
+
+@pytest.mark.parametrize(
+    ("planned", "allowed"),
+    [
+        ({"adapter": {"rank": 4}}, {"adapter": {"max_rank": 4}}),
+        ({"privacy": {"epsilon": 2.5}}, {"privacy": {"epsilon": 2.5}}),
+        ({"privacy": {"delta": 1e-6}}, {"privacy": {"delta": 1e-6}}),
+        ({"privacy": {"clip_norm": 0.5}}, {"privacy": {"max_clip_norm": 0.5}}),
+        ({"privacy": {"max_notes_per_unit": 3}}, {"privacy": {"max_notes_per_unit": 3}}),
+        ({"adapter": {"targets": ["q_proj"]}}, {"adapter": {"targets": ["q_proj"]}}),
+    ],
+)
+def test_a_plan_at_the_limit_passes(
+    plan: MakePlan, policy: MakePolicy, planned: dict[str, Any], allowed: dict[str, Any]
+) -> None:
+    assert verdict(plan(**planned), policy(**allowed)) is None
+
+
+@pytest.mark.parametrize(
+    ("planned", "allowed", "reason"),
+    [
+        ({"adapter": {"rank": 5}}, {"adapter": {"max_rank": 4}}, Reason.LIMIT_EXCEEDED),
+        ({"privacy": {"epsilon": 2.6}}, {"privacy": {"epsilon": 2.5}}, Reason.BUDGET_EXHAUSTED),
+        ({"privacy": {"delta": 2e-6}}, {"privacy": {"delta": 1e-6}}, Reason.LIMIT_EXCEEDED),
+        (
+            {"privacy": {"clip_norm": 0.6}},
+            {"privacy": {"max_clip_norm": 0.5}},
+            Reason.LIMIT_EXCEEDED,
+        ),
+        (
+            {"privacy": {"max_notes_per_unit": 4}},
+            {"privacy": {"max_notes_per_unit": 3}},
+            Reason.LIMIT_EXCEEDED,
+        ),
+        (
+            {"adapter": {"targets": ["q_proj", "lm_head"]}},
+            {"adapter": {"targets": ["q_proj", "v_proj"]}},
+            Reason.LIMIT_EXCEEDED,
+        ),
+    ],
+)
+def test_a_plan_beyond_one_limit_is_refused(
+    plan: MakePlan,
+    policy: MakePolicy,
+    planned: dict[str, Any],
+    allowed: dict[str, Any],
+    reason: Reason,
+) -> None:
+    assert verdict(plan(**planned), policy(**allowed)) is reason
+
+
+def test_only_the_installed_model_is_trained_and_only_if_allowed(
+    plan: MakePlan, policy: MakePolicy
+) -> None:
+    installed, other = "1" * 64, "2" * 64
+    for planned, here, allowed, reason in (
+        (installed, installed, (), None),
+        (installed, installed, (other, installed), None),
+        (installed, installed, (other,), Reason.MODEL_MISMATCH),
+        (other, installed, (), Reason.MODEL_MISMATCH),
+        (other, installed, (other,), Reason.MODEL_MISMATCH),
+    ):
+        own = policy(adapter={"base_models": allowed})
+        if reason is None:
+            authorise(plan(base_model=planned), own, here, has_patients=True)
+            continue
+        with pytest.raises(Refusal) as refusal:
+            authorise(plan(base_model=planned), own, here, has_patients=True)
+        assert refusal.value.reason is reason
+
+
+@pytest.mark.parametrize(
+    ("own_unit", "planned_unit", "has_patients", "passes"),
+    [
+        ("patient", "patient", True, True),
+        ("patient", "patient", False, False),  # without ids a "patient" is a note
+        ("patient", "note", True, False),
+        ("note", "note", True, True),
+        ("note", "note", False, True),
+        ("note", "patient", True, True),  # stronger than asked for
+    ],
+)
+def test_a_unit_weaker_than_the_policys_is_refused(
+    plan: MakePlan,
+    policy: MakePolicy,
+    own_unit: str,
+    planned_unit: str,
+    has_patients: bool,
+    passes: bool,
+) -> None:
+    own = policy(privacy={"unit": own_unit})
+    found = verdict(plan(privacy={"unit": planned_unit}), own, has_patients)
+    assert found is (None if passes else Reason.UNIT_TOO_WEAK)
+
+
+def test_privacy_can_be_off_only_where_the_policy_does_not_require_it(
+    plan: MakePlan, policy: MakePolicy
+) -> None:
+    off = plan(privacy={"enabled": False, "unit": "note", "epsilon": 999.0, "clip_norm": 1e6})
+    assert verdict(off, policy()) is Reason.PRIVACY_REQUIRED
+    assert verdict(off, policy(privacy={"required": False})) is None
+    # Not required is not forbidden, and the limits of private training hold where it is on.
+    lax = policy(privacy={"required": False})
+    assert verdict(plan(), lax) is None
+    assert verdict(plan(privacy={"epsilon": 9.0}), lax) is Reason.BUDGET_EXHAUSTED
+
+
+def test_shape_limits_hold_without_privacy_too(plan: MakePlan, policy: MakePolicy) -> None:
+    own = policy(privacy={"required": False}, adapter={"max_rank": 1})
+    assert verdict(plan(privacy={"enabled": False}), own) is Reason.LIMIT_EXCEEDED

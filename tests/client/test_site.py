@@ -1,0 +1,143 @@
+"""The site policy: read from this machine alone, and every mistake in it is one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from flwr.app import Context, RecordDict
+
+from client.site import SITE, SITES, SiteError, policy_of, read_policy
+from conf.policy import SitePolicy
+
+GOOD: dict[str, Any] = {
+    "site": "st-marys",
+    "lineage": "discharge-notes",
+    "ledger": "/var/lib/wardround/ledger.sqlite",
+    "notes": {"source": "jsonl", "path": "/srv/notes.jsonl", "patient_field": "pid"},
+    "model": {"source": "smollm2"},
+    "privacy": {"epsilon": 8.0, "delta": 1e-5},
+}
+EXAMPLE = Path(__file__).parents[2] / "conf" / "site.example.yaml"
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a policy file; ``raw`` bytes as they are, else the good policy with changes."""
+
+    def make(name: str = "site.yaml", raw: bytes | None = None, **changes: Any) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(raw if raw is not None else yaml.safe_dump(GOOD | changes).encode())
+        return path
+
+    return make
+
+
+def context(**node_config: Any) -> Context:
+    return Context(1, 7, node_config, RecordDict(), {})
+
+
+def complaint(path: Path) -> str:
+    with pytest.raises(SiteError) as error:
+        read_policy(path)
+    line = str(error.value)
+    assert line.startswith(f"{path}")
+    assert "\n" not in line
+    assert error.value.__cause__ is None  # a traceback would quote the file
+    return line.removeprefix(str(path))
+
+
+def test_a_short_policy_is_strict_where_it_is_silent(write: Write) -> None:
+    policy = read_policy(write())
+    assert policy.privacy.required
+    assert policy.privacy.unit == "patient"
+    assert policy.share_counts == "never"
+    assert policy.adapter.base_models == ()
+
+
+def test_the_example_is_a_valid_policy_and_shows_every_default() -> None:
+    shown = yaml.safe_load(EXAMPLE.read_text())
+    assert read_policy(EXAMPLE).site == "st-marys"
+    assert set(shown) == set(SitePolicy.model_fields)
+    assert shown["privacy"]["required"] is True
+    assert shown["share_counts"] == "never"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"shre_counts": "public"}, ": shre_counts: Extra inputs are not permitted"),
+        ({"site": "../other"}, ": site: String should match pattern"),
+        ({"site": "a b"}, ": site: "),
+        ({"site": "east\n"}, ": site: "),
+        ({"lineage": ""}, ": lineage: "),
+        ({"privacy": {"epsilon": -1, "delta": 1e-5}}, ": privacy.epsilon: Input should be greater"),
+        ({"privacy": {"epsilon": 8, "delta": 0.5}}, ": privacy.delta: Input should be less"),
+        ({"privacy": {"epsilon": 8, "delta": 1e-5, "unit": "ward"}}, ": privacy.unit: "),
+        ({"privacy": {"epsilon": 8}}, ": privacy.delta: Field required"),
+        ({"notes": {"source": "jsonl"}}, ": notes: Value error, notes.path must name"),
+        ({"share_counts": "always"}, ": share_counts: Input should be 'never' or 'public'"),
+    ],
+)
+def test_a_key_or_value_that_does_not_fit_is_named(
+    write: Write, changes: dict[str, Any], expected: str
+) -> None:
+    assert complaint(write(**changes)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"site:\n\t- a", ", line 2: not valid YAML"),
+        (b"site: [east\n", ", line 2: not valid YAML"),
+        (b"site: \x00", ": not valid YAML"),
+        (b"!!python/object/apply:os.getcwd []", ", line 1: not valid YAML"),  # nothing is run
+        (b"site: caf\xe9\n", ": not a readable file of UTF-8 text"),
+        (b"", ": : Input should be a valid dictionary"),
+        (b"- east\n", ": : Input should be a valid dictionary"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_said_to_be_none(
+    write: Write, raw: bytes, expected: str
+) -> None:
+    assert complaint(write(raw=raw)).startswith(expected)
+
+
+def test_an_absent_file_and_a_folder_are_said_to_be_so(tmp_path: Path) -> None:
+    assert complaint(tmp_path / "absent.yaml") == ": no such site policy"
+    assert complaint(tmp_path) == ": not a readable file of UTF-8 text"
+
+
+def test_the_policy_is_the_one_this_machine_names(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(SITE, raising=False)
+    monkeypatch.delenv(SITES, raising=False)
+    with pytest.raises(SiteError, match=f"set {SITE}"):
+        policy_of(context())
+    for name in ("b", "a", "c"):
+        write(f"sites/{name}.yaml", site=f"site-{name}")
+    monkeypatch.setenv(SITES, str(tmp_path / "sites"))
+    simulated = [policy_of(context(**{"partition-id": i})).site for i in range(3)]
+    assert simulated == ["site-a", "site-b", "site-c"]
+    with pytest.raises(SiteError):
+        policy_of(context(**{"partition-id": 3}))
+    # A deployed site's own file wins over everything that comes with the message.
+    monkeypatch.setenv(SITE, str(write("own.yaml", site="own")))
+    assert policy_of(context(**{"partition-id": 1})).site == "own"
+
+
+def test_nothing_in_a_flower_context_can_name_a_policy(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SITES, raising=False)
+    monkeypatch.setenv(SITE, str(write(site="own")))
+    lax = str(write("lax.yaml", site="lax", privacy={"required": False} | GOOD["privacy"]))
+    sent = Context(1, 7, {SITE: lax, "site": lax}, RecordDict(), {SITE: lax, "site": lax})
+    assert policy_of(sent).site == "own"
