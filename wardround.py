@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -67,14 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _simulate(overrides: list[str], multirun: bool, console: Console) -> int:
+    jobs = sweep(overrides) if multirun else [overrides]
+    checked = [load("simulate", job, RunSettings) for job in jobs]  # before the slow imports
+
     from simulation.report import print_summary
     from simulation.run import open_run, simulate
     from simulation.sweep import run_sweep
 
     if multirun:
-        run_sweep(sweep(overrides), console)
+        run_sweep(jobs, console)
         return 0
-    settings, folder = open_run(load("simulate", overrides, RunSettings), overrides)
+    settings, folder = open_run(checked[0], overrides)
     print_summary(simulate(settings, folder, console), console)
     console.print(f"report: [bold]{escape(str(folder.path / 'report.html'))}[/bold]")
     return 0
@@ -175,10 +179,17 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse would print the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE, f"wardround: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     lines = "\n".join(f"  {name:10} {command.line}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="wardround",
         formatter_class=plain,
         usage="wardround COMMAND [key=value ...]",
@@ -213,9 +224,11 @@ def _parser() -> argparse.ArgumentParser:
 def _expected() -> tuple[type[Exception], ...]:
     """Errors whose message is one line for a person; anything else is a defect and shows itself."""
     from adapters.base_model import ModelError
+    from adapters.lora import UnsupportedAdapter
     from client.daemon import DaemonError as ClientDaemonError
     from client.node_key import NodeKeyError
     from client.notes.load import NotesError
+    from client.privacy.ledger import LedgerError
     from client.site import SiteError
     from server.alignment.mediflow import InstructionsError
     from server.certificates import CertificateError
@@ -225,7 +238,9 @@ def _expected() -> tuple[type[Exception], ...]:
 
     return (
         ModelError, ClientDaemonError, NodeKeyError, NotesError, SiteError, InstructionsError,
-        CertificateError, DaemonError, RoundFailed, SimulationError,
+        CertificateError, DaemonError, RoundFailed, SimulationError, LedgerError,
+        UnsupportedAdapter,
+        OSError,  # a disk that is full, a folder that may not be written
     )  # fmt: skip
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -116,7 +118,7 @@ class Adapter:
         return digest.hexdigest()
 
     def save(self, folder: Path, base_model: str = "") -> Path:
-        """Write a PEFT adapter folder; the tensors are written last and renamed into place."""
+        """Write a PEFT adapter folder; the tensors come last, durable and whole."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.spec.peft_config(base_model)
         config.inference_mode = True
@@ -124,6 +126,8 @@ class Adapter:
         flat = {_PREFIX + k: v.detach().float().contiguous() for k, v in self.tensors().items()}
         part = folder / "adapter_model.safetensors.part"
         save_file(flat, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(folder / "adapter_model.safetensors")
         return folder
 
@@ -132,7 +136,8 @@ class Adapter:
         """Read a PEFT LoRA folder.
 
         Raises ValueError for what the algebra cannot represent: DoRA, LoRA bias, rank patterns,
-        rsLoRA or modules saved beside the factors; FileNotFoundError when a file is absent.
+        rsLoRA or modules saved beside the factors; also for a file that is cut or no safetensors.
+        FileNotFoundError when a file is absent.
         """
         config = json.loads((folder / "adapter_config.json").read_text())
         for key in (
@@ -148,7 +153,10 @@ class Adapter:
         targets = config["target_modules"]
         names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
         spec = AdapterSpec(config["r"], config["lora_alpha"], names)
-        tensors = load_file(folder / "adapter_model.safetensors")
+        try:
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except SafetensorError:
+            raise ValueError(f"{folder}: adapter_model.safetensors is broken") from None
         return Adapter.from_tensors({k.removeprefix(_PREFIX): v for k, v in tensors.items()}, spec)
 
 

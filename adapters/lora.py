@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter, AdapterSpec
+from adapters.base_model import ModelError
 from adapters.lowrank import LowRank
 
 _NAME = "default"
@@ -34,13 +35,13 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, train: str = "both") -> Pe
         peft_model = get_peft_model(model, spec.peft_config())
     except ValueError:
         raise UnsupportedAdapter(
-            f"no module of {type(model).__name__} matches adapter.targets={list(spec.targets)}"
+            f"no module of {type(model).__name__} matches targets={list(spec.targets)}"
         ) from None
     layers = _lora_layers(peft_model)
     adapted = sum(1 for name, _ in peft_model.named_modules() if name.endswith(".lora_A"))
     if not layers or adapted != len(layers):
         raise UnsupportedAdapter(
-            f"adapter.targets={list(spec.targets)} names a module that is not a linear layer"
+            f"targets={list(spec.targets)} names a module that is not a linear layer"
         )
     for layer in layers.values():
         _factor(layer, "A").requires_grad_(train == "both")
@@ -91,7 +92,7 @@ def write(peft_model: PeftModel, adapter: Adapter) -> None:
     if set(live) != set(adapter.layers):
         differing = sorted(set(live) ^ set(adapter.layers))
         raise ValueError(
-            f"adapter and model differ in {len(differing)} layers, {differing[0]} first"
+            f"adapter and model differ in {len(differing)} layers, first {differing[0][:120]!a}"
         )
     with torch.no_grad():
         for name, layer in live.items():
@@ -117,17 +118,19 @@ def detach(peft_model: PeftModel) -> PreTrainedModel:
 def fold(model: PreTrainedModel, adapter: Adapter) -> None:
     """Add dW to the base weights in place; the sum is formed in float64.
 
-    Raises ValueError when the model lacks one of the layers.
+    Raises ModelError when the model lacks one of the layers or has it in another shape.
     """
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, delta in adapter.deltas().items():
             if name not in modules:
-                raise ValueError(f"base model has no layer {name}")
+                raise ModelError(f"the adapter does not fit the base model, which has no {name}")
             weight = cast(Tensor, modules[name].weight)
             dense = delta.to(torch.float64).dense()
             if isinstance(modules[name], Conv1D):  # GPT-2 keeps its weights as (in, out)
                 dense = dense.T
+            if dense.shape != weight.shape:
+                raise ModelError(f"the adapter does not fit the base model: shape of {name}")
             weight.copy_(weight.double() + dense)
 
 

@@ -41,6 +41,12 @@ class TrainingPlan(Settings):
             raise ValueError(f"round {self.round} of {self.rounds}")
         return self
 
+    @model_validator(mode="after")
+    def _uploads_what_is_trained(self) -> TrainingPlan:
+        if self.upload != self.adapter.train:
+            raise ValueError("upload must be what adapter.train says")
+        return self
+
     @property
     def spec(self) -> AdapterSpec:
         """Shape of the adapter that travels."""

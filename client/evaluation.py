@@ -32,6 +32,8 @@ def run(command: EvaluateCommand, console: Console) -> dict[str, TextScore]:
     if command.part == "held_out":
         _, units = split_units(units, command.notes.holdout)
     texts = [note.text for notes in units.values() for note in notes][: command.most]
+    if not texts:
+        raise ConfigError(f"part={command.part}: no held-out note among so few; try part=all")
     base = load_base(command.model)
     with console.status(f"scoring {len(texts)} notes"):
         scores = {"base": score_texts(base.model, base.tokenizer, texts, command.max_tokens)}

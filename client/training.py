@@ -65,6 +65,10 @@ def train_round(
     units, has_patients = training_units(policy, plan.privacy.unit)
     authorise(plan, policy, bench.fingerprint, has_patients)
     model = bench.model
+    # A longer note than the model can read would fail, and the failure would tell of that note.
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and plan.privacy.max_tokens > longest:
+        raise Refusal(Reason.LIMIT_EXCEEDED, f"max_tokens {plan.privacy.max_tokens}")
     try:
         lora.write(model, received)
     except ValueError as problem:
@@ -115,7 +119,7 @@ def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
         raise Refusal(Reason.NOTES_UNUSABLE, str(problem)) from None
     train, _ = split_units(notes.units(), policy.notes.holdout)
     if unit == "note":
-        train = {note.note_id: (note,) for own in train.values() for note in own}
+        train = {f"{u}\n{note.note_id}": (note,) for u, own in train.items() for note in own}
     return train, notes.has_patients
 
 
@@ -136,7 +140,7 @@ def _steps(
     for step in range(plan.local_steps):
         batch = poisson_sample(units, privacy.sampling_rate, privacy.max_notes_per_unit, random)
         rows = [[tokens(note) for note in notes] for notes in batch]
-        total = clipped_sum(model, rows, privacy.clip_norm, privacy.micro_batch)
+        total = clipped_sum(model, rows, privacy.clip_norm)
         released = noised_mean(total, sigma * privacy.clip_norm, privacy.denominator, normal)
         for name, p in parameters.items():
             p.grad = released[name].to(p.dtype)

@@ -6,6 +6,7 @@ hospital is willing to do: that is the site policy (``conf.policy``).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from conf.schema import Settings
 
 Transport = Literal["tls", "insecure"]
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 
 
 class ServerSettings(Settings):
@@ -30,10 +32,16 @@ class ServerSettings(Settings):
 class ClientSettings(Settings):
     """The hospital's machine."""
 
-    server: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}$")]
+    server: str  # HOST:PORT of the coordinator; an IPv6 address in brackets
     transport: Transport
     certificate: Path | None  # the coordinator's ca.pem, handed over in person or by post
     state: Path  # node key, logs and Flower's files; private to the hospital
+
+    @model_validator(mode="after")
+    def _server_is_an_address(self) -> ClientSettings:
+        if not _ADDRESS.fullmatch(self.server):
+            raise ValueError(f"client.server={self.server}: must be HOST:PORT")
+        return self
 
     @model_validator(mode="after")
     def _certificate_with_tls(self) -> ClientSettings:

@@ -8,15 +8,17 @@ as a path with a comma, is taken as the plain text it is.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,9 +28,11 @@ FOLDER = Path(__file__).resolve().parent
 T = TypeVar("T", bound=BaseModel)
 
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=(.*)", re.DOTALL)
+_SWEEPS = (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 _CLEARER = {  # what pydantic says in the words of a programmer
     "path_type": "must be a path (write ./NAME where NAME would read as a number)",
     "tuple_type": "must be a list, such as [a,b]",
+    "too_short": "must not be empty",
 }
 
 
@@ -41,8 +45,7 @@ def load(command: str, overrides: Sequence[str], kind: type[T]) -> T:
 
     Raises ConfigError.
     """
-    defaults = OmegaConf.to_container(_compose(command, []))
-    assert isinstance(defaults, dict)
+    defaults = _defaults(command)
     chosen = [o for o in overrides if _checked(o, defaults) in groups(defaults)]
     config = _compose(command, chosen)
     try:
@@ -65,9 +68,8 @@ def validate(raw: Any, kind: type[T]) -> T:
         first = problem.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         message = _CLEARER.get(first["type"], first["msg"].removeprefix("Value error, "))
-        given = (
-            f"{key}={_short(first['input'])}: " if key and first["type"] != "value_error" else ""
-        )
+        value = "" if first["type"] == "missing" else f"={_short(first['input'])}"
+        given = f"{key}{value}: " if key and first["type"] != "value_error" else ""
         raise ConfigError(given + message[:1].lower() + message[1:]) from None
 
 
@@ -88,6 +90,14 @@ def groups(config: Mapping[Any, Any] | None = None) -> dict[str, list[str]]:
         and folder.name != "__pycache__"
         and (config is None or isinstance(config.get(folder.name), dict))
     }
+
+
+@cache
+def _defaults(command: str) -> dict[Any, Any]:
+    """The configuration without any override; not to be changed."""
+    plain = OmegaConf.to_container(_compose(command, []))
+    assert isinstance(plain, dict)
+    return plain
 
 
 def _compose(command: str, chosen: list[str]) -> DictConfig:
@@ -121,14 +131,16 @@ def _checked(override: str, defaults: Mapping[Any, Any]) -> str:
 
 
 def _value(override: str, text: str) -> Any:
-    """The value of ``key=text`` as Hydra reads it, or the text itself."""
+    """The value of ``key=text`` as Hydra reads it, else the text itself (``~/`` is the home)."""
     parsed = _parse(override)
-    return text if parsed is None or parsed.is_sweep_override() else parsed.value()
+    if parsed is None or parsed.is_sweep_override():
+        return os.path.expanduser(text)
+    return parsed.value()
 
 
 def _choices(override: str) -> list[str]:
     parsed = _parse(override)
-    if parsed is None or not parsed.is_sweep_override():
+    if parsed is None or parsed.value_type not in _SWEEPS:
         return [override]
     return [f"{parsed.get_key_element()}={choice}" for choice in parsed.sweep_string_iterator()]
 

@@ -22,6 +22,7 @@ class PrivacyLimits(Settings):
     delta: Annotated[float, Field(gt=0, lt=0.01)]
     max_clip_norm: Positive = 10.0
     max_notes_per_unit: Annotated[int, Field(ge=1, le=64)] = 8
+    max_tokens: Annotated[int, Field(ge=8, le=8192)] = 2048  # of each note
 
 
 class AdapterLimits(Settings):

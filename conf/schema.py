@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -60,7 +60,6 @@ class PrivacySettings(Settings):
     denominator: Annotated[int, Field(ge=1)]  # units a step is divided by
     max_notes_per_unit: Annotated[int, Field(ge=1, le=64)]
     max_tokens: Annotated[int, Field(ge=8, le=8192)]  # of each note, from its start
-    micro_batch: Annotated[int, Field(ge=1, le=1024)]  # units a forward pass; changes no result
 
 
 class OptimizerSettings(Settings):
@@ -194,6 +193,7 @@ class RunSettings(TrainingSettings):
         sites = 1 if self.hospitals.layout == "pooled" else self.hospitals.count
         if self.federation.min_hospitals > sites:
             raise ValueError(
-                f"federation.min_hospitals={self.federation.min_hospitals}: there are {sites}"
+                f"federation.min_hospitals={self.federation.min_hospitals}: must be at most the "
+                f"number of hospitals, {sites}"
             )
         return self

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
 from transport.wire import size_bytes
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
+_MOST_FACTS = 20
 
 
 @dataclass(frozen=True)
@@ -35,30 +39,33 @@ class LeftOut:
 
 
 def accept(
-    reply: Message, plan: TrainingPlan, sent: Adapter, registered: str = ""
+    reply: Message, plan: TrainingPlan, sent: Adapter, node_id: int, registered: str = ""
 ) -> Accepted | LeftOut:
     """Check one reply: names, shapes, finiteness, facts. A bad one is left out, never fatal.
 
-    ``registered`` is the name under which the coordinator registered the node's public key, where
-    keys are in use: a hospital cannot speak for another.
+    ``node_id`` is the node whose task the reply answers, and ``registered`` the name under which
+    the coordinator registered its public key, where keys are in use: a hospital cannot speak for
+    another.
     """
-    node = registered or f"node-{reply.metadata.src_node_id}"
+    node = registered or node_name(node_id)
     if reply.has_error():
         return LeftOut(node, f"no answer (Flower error {reply.error.code})")
     content: RecordDict = reply.content
     refusal = content.config_records.get("refusal")
     if refusal is not None:
-        site = str(refusal.get("site", ""))
+        site = registered or str(refusal.get("site", ""))
         # Free text from outside stays out of records: the code is enough to look the reason up.
         code = re.sub(r"[^A-Z_]", "", str(refusal.get("code", "")))[:40]
-        return LeftOut(site if _NAME.match(site) else node, f"refused: {code}")
+        return LeftOut(site if _NAME.fullmatch(site) else node, f"refused: {code}")
     try:
         facts = json.loads(str(content.config_records["facts"]["json"]))
-        site = str(facts["site"])
+        site = facts["site"]
         tensors = content.array_records["adapter"].to_torch_state_dict()
-    except (KeyError, TypeError, ValueError):
+    except Exception:  # rubbish fails in many ways (memory, recursion); each costs only its sender
         return LeftOut(node, "malformed reply")
-    if not _NAME.match(site) or site == "global":
+    if not _plain(facts):
+        return LeftOut(node, "malformed facts")
+    if not isinstance(site, str) or not _NAME.fullmatch(site) or site == "global":
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
@@ -71,10 +78,33 @@ def accept(
         return LeftOut(site, "factors missing or unexpected")
     if any(tensors[name].shape != expected[name].shape for name in expected):
         return LeftOut(site, "factors of another shape")
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        return LeftOut(site, "factors not float32")
     adapter = Adapter.from_tensors({**sent.tensors(), **tensors}, plan.spec)
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
+    if any(tensor.abs().max() > _LARGEST for tensor in tensors.values()):
+        return LeftOut(site, "factors impossibly large")
     return Accepted(site, adapter, facts, size_bytes(content))
+
+
+def node_name(node_id: int) -> str:
+    """What a node is called that has no registered name."""
+    return f"node-{node_id}"
+
+
+def _plain(facts: object) -> bool:
+    """True for a few short values; they are kept with the run, so nothing else gets in."""
+    return (
+        isinstance(facts, dict)
+        and len(facts) <= _MOST_FACTS
+        and all(
+            isinstance(value, str | int | float)
+            and len(f"{name}{value}") <= 120
+            and (not isinstance(value, float) or math.isfinite(value))
+            for name, value in facts.items()
+        )
+    )
 
 
 def one_reply_each(

@@ -13,8 +13,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from server.progress import stage_progress
 from server.rounds import federate
 from server.run_folder import RunFolder
 
@@ -29,9 +29,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of the folder named by ``WARDROUND_RUN_DIR``."""
     folder = RunFolder(Path(os.environ[RUN]))
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
-    with Progress(*columns, count, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    with stage_progress(Console(stderr=True)) as progress:
         task = progress.add_task("starting", total=1)
 
         def report(what: str, done: int, total: int) -> None:

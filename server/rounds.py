@@ -22,7 +22,7 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
-from server.acceptance import accept, one_reply_each
+from server.acceptance import accept, node_name, one_reply_each
 from server.run_folder import RunFolder, write_atomically
 from strategies.base import MergeError
 from strategies.registry import get_strategy
@@ -55,10 +55,10 @@ def federate(
         nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
         replies, bytes_down = _exchange(grid, plan, sent, nodes, deadline, stop, report)
         accepted, left_out = one_reply_each(
-            [accept(r, plan, sent, nodes.get(r.metadata.src_node_id, "")) for r in replies]
+            [accept(reply, plan, sent, node, nodes[node]) for node, reply in replies.items()]
         )
-        if silent := len(nodes) - len(replies):
-            left_out[f"{silent} without a name"] = "no answer in time"
+        for node in nodes.keys() - replies.keys():
+            left_out[nodes[node] or node_name(node)] = "no answer in time"
         for site, reason in left_out.items():
             log.warning("round %d: %s left out: %s", number, site, reason)
         if len(accepted) < settings.federation.min_hospitals:
@@ -134,22 +134,28 @@ def _exchange(
     deadline: float,
     stop: threading.Event,
     report: Report,
-) -> tuple[list[Message], int]:
-    """Send the task to every node and collect the replies that come before the deadline."""
+) -> tuple[dict[int, Message], int]:
+    """Send the task to every node; the replies before the deadline, by node, and bytes sent.
+
+    A reply belongs to the node whose task it answers. Its own sender may be the SuperLink, which
+    answers for a node that is gone.
+    """
     task = pack_task(plan, sent)
     messages = [
         Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))
         for node in sorted(nodes)
     ]
-    waiting = set(grid.push_messages(messages))
-    replies: list[Message] = []
+    sent_ids = set(grid.push_messages(messages))
+    asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    waiting = sent_ids & asked.keys()  # Flower gives None for what it could not send
+    replies: dict[int, Message] = {}
     while waiting:
         report(
             f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(messages)
         )
-        arrived = list(grid.pull_messages(waiting))
-        replies += arrived
-        waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+        arrived = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(waiting)}
+        replies |= {asked[answered]: reply for answered, reply in arrived.items()}
+        waiting -= arrived.keys()
         if not waiting or time.monotonic() > deadline:
             break
         _pause(stop)

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from adapters.adapter import Adapter
+from conf.load import validate
 from conf.schema import RunSettings, TrainingSettings
 
 
@@ -43,8 +44,11 @@ class RunFolder:
         return self
 
     def settings(self) -> RunSettings:
-        """The configuration a simulation was started with. Raises FileNotFoundError without one."""
-        return RunSettings.model_validate(self._config())
+        """The configuration a simulation was started with.
+
+        Raises FileNotFoundError without one, and ConfigError where it is not valid (any more).
+        """
+        return validate(self._config(), RunSettings)
 
     def training(self) -> TrainingSettings:
         """The part of the configuration that the rounds need, whoever started the run."""

@@ -8,6 +8,7 @@ finished rounds, hospitals trained alone and the aligned adapter are not made ag
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.markup import escape
 
 from adapters import lora
 from adapters.adapter import Adapter
@@ -29,6 +30,7 @@ from conf.schema import RunSettings
 from server.alignment.align import align
 from server.alignment.mediflow import InstructionSet, load_instructions
 from server.evaluation.instructions import score_instructions
+from server.progress import stage_progress
 from server.release import release
 from server.rounds import RoundFailed
 from server.run_folder import RunFolder, write_atomically
@@ -50,7 +52,21 @@ def new_run_folder(runs: Path, label: str = "") -> RunFolder:
     """A folder that does not exist yet, named by date, time and label."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{stamp}-{label}" if label else stamp
-    return RunFolder(runs / name)
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return RunFolder(next(runs / n for n in names if not (runs / n).exists()))
+
+
+def comparable(settings: RunSettings) -> RunSettings:
+    """A pooled run divides by the denominators of all the hospitals it stands for.
+
+    Its sum is over the units of all of them; with one hospital's denominator each of its steps
+    would be longer than the federation's, by their number.
+    """
+    if settings.hospitals.layout != "pooled":
+        return settings
+    whole = settings.privacy.denominator * settings.hospitals.count
+    privacy = settings.privacy.model_copy(update={"denominator": whole})
+    return settings.model_copy(update={"privacy": privacy})
 
 
 def open_run(settings: RunSettings, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
@@ -59,14 +75,17 @@ def open_run(settings: RunSettings, overrides: list[str]) -> tuple[RunSettings, 
     Raises ConfigError when there is nothing to resume, or other options are given beside it.
     """
     if settings.resume is None:
-        return settings, new_run_folder(settings.runs)
+        return comparable(settings), new_run_folder(settings.runs)
     others = [o for o in overrides if not o.startswith("resume=")]
     if others:
         raise ConfigError(f"{others[0]}: resume takes its configuration from the run folder, alone")
     folder = RunFolder(settings.resume)
     if not (folder.path / "config.yaml").exists():
         raise ConfigError(f"resume={settings.resume}: no run folder (config.yaml is missing)")
-    return folder.settings(), folder
+    try:
+        return folder.settings(), folder
+    except ConfigError as problem:
+        raise ConfigError(f"{folder.path / 'config.yaml'}: {problem}") from None
 
 
 def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -77,7 +96,7 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
     began = time.monotonic()
     measured = Measurements()
     folder.create(settings)
-    console.print(f"run folder: [bold]{folder.path}[/bold]")
+    console.print(f"run folder: [bold]{escape(str(folder.path))}[/bold]")
     with PeakMemory() as memory:
         with _stage(console, measured, "hospitals") as on_step:
             settings, hospitals = _hospitals(settings, folder, measured, on_step)
@@ -112,17 +131,23 @@ def _hospitals(
     """Simulated hospitals; without patient ids the privacy unit falls back to the note."""
     notes = settings.notes
     has_ids = notes.source in ("clinosim", "fhir") or notes.patient_field is not None
-    if settings.privacy.enabled and settings.privacy.unit == "patient" and not has_ids:
-        privacy = settings.privacy.model_copy(update={"unit": "note"})
-        settings = settings.model_copy(update={"privacy": privacy})
-        folder.create(settings)
+    if settings.privacy.enabled and not has_ids:
+        if settings.privacy.unit == "patient":
+            privacy = settings.privacy.model_copy(update={"unit": "note"})
+            settings = settings.model_copy(update={"privacy": privacy})
+            folder.create(settings)
         measured.notices.append(
             "the notes carry no patient ids (notes.patient_field is not set): the privacy unit is "
             "the NOTE; a patient with several notes is protected less than epsilon says"
         )
     if not settings.privacy.enabled:
         measured.notices.append("privacy is off: nothing this run produces is protected")
-    return settings, prepare(settings, folder, on_step)
+    hospitals = prepare(settings, folder, on_step)
+    if hospitals.unplaced:
+        measured.notices.append(
+            f"{hospitals.unplaced} records were rejected; of which hospital they are is not known"
+        )
+    return settings, hospitals
 
 
 def _rounds(settings: RunSettings, folder: RunFolder, hospitals: Hospitals) -> None:
@@ -255,12 +280,7 @@ def _timed(measured: Measurements, name: str) -> Iterator[None]:
 @contextmanager
 def _stage(console: Console, measured: Measurements, name: str) -> Iterator[OnStep]:
     """A progress line for one stage; ``OnStep`` takes what is being done, done, total."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
-    with (
-        _timed(measured, name),
-        Progress(*columns, count, TimeElapsedColumn(), console=console) as progress,
-    ):
+    with _timed(measured, name), stage_progress(console) as progress:
         task = progress.add_task(name, total=1)
 
         def on_step(what: str, done: int, total: int) -> None:

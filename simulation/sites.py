@@ -8,10 +8,11 @@ values of the field goes to the hospital with most of them, so no patient is at 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import yaml
 from adapters.base_model import cache_folder
 from client.notes.load import load_notes
 from client.notes.note import Note
+from client.notes.split import split_units
 from client.site import read_policy
 from conf.load import ConfigError
 from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
@@ -30,6 +32,8 @@ from simulation.cohort import hospital_orders, simulate
 log = logging.getLogger(__name__)
 
 POOLED = "pooled"
+_UNPLACED = ""  # in place of a hospital's name
+_RESERVED = "global"  # beside the hospitals' adapters lies what they merged to, under this name
 Progress = Callable[[str, int, int], None]
 Notes = list[Note]
 
@@ -40,7 +44,7 @@ class Site:
 
     policy: SitePolicy
     stands_for: tuple[str, ...]
-    rejected: int
+    rejected: int | None  # records; None where it is not known whose they were
 
     @property
     def name(self) -> str:
@@ -50,10 +54,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Hospitals:
-    """All sites of a run and whether their notes carry patient ids."""
+    """All sites of a run, and how many rejected records belong to none that is known."""
 
     sites: tuple[Site, ...]
     has_patients: bool
+    unplaced: int
 
 
 def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hospitals:
@@ -68,6 +73,8 @@ def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hos
             name: _first_units(notes, settings.hospitals.max_units)
             for name, notes in origins.items()
         }
+    for name, notes in origins.items():
+        _require_both_sides(name, notes, settings.notes.holdout)
     groups = (
         {POOLED: tuple(origins)}
         if settings.hospitals.layout == "pooled"
@@ -83,9 +90,10 @@ def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hos
         target = folder.path / "sites" / f"{name}.yaml"
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, text)
-        sites.append(Site(read_policy(target), members, sum(rejected[m] for m in members)))
+        lost = None if rejected[_UNPLACED] else sum(rejected[m] for m in members)
+        sites.append(Site(read_policy(target), members, lost))
         log.info("%s: %d notes", name, len(notes))
-    return Hospitals(tuple(sites), has_patients)
+    return Hospitals(tuple(sites), has_patients, rejected[_UNPLACED])
 
 
 def _notes_by_hospital(
@@ -95,7 +103,7 @@ def _notes_by_hospital(
     wanted = settings.notes
     if wanted.source != "clinosim":
         found = load_notes(wanted)
-        rejected = Counter({"": len(found.rejected)})
+        rejected = Counter({_UNPLACED: len(found.rejected)})
         return _by_field(list(found.notes), settings), rejected, found.has_patients
     orders = hospital_orders(settings.hospitals.count, settings.hospitals.population, settings.seed)
     hospitals = simulate(orders, cache_folder() / "clinosim", progress)
@@ -107,6 +115,7 @@ def _notes_by_hospital(
         by_name[hospital.name] = list(found.notes)
         rejected[hospital.name] = len(found.rejected)
     if settings.hospitals.layout == "by_field":
+        rejected = Counter({_UNPLACED: rejected.total()})
         return _by_field([n for notes in by_name.values() for n in notes], settings), rejected, True
     return by_name, rejected, True
 
@@ -134,7 +143,8 @@ def _by_field(notes: Notes, settings: RunSettings) -> dict[str, Notes]:
             f"hospitals.count={wanted}: notes.hospital_field={settings.notes.hospital_field} "
             f"has only {len(largest)} values"
         )
-    return {_site_name(name): grouped[name] for name in sorted(largest)}
+    values = sorted(largest)
+    return {n: grouped[value] for n, value in zip(_site_names(values), values, strict=True)}
 
 
 def _write_notes(
@@ -188,6 +198,7 @@ def _policy(
             delta=privacy.delta,
             max_clip_norm=privacy.clip_norm,
             max_notes_per_unit=privacy.max_notes_per_unit,
+            max_tokens=privacy.max_tokens,
         ),
         adapter=AdapterLimits(max_rank=settings.adapter.rank, targets=settings.adapter.targets),
     )
@@ -199,7 +210,23 @@ def _first_units(notes: Notes, most: int) -> Notes:
     return [note for note in notes if (note.patient_id or note.note_id) in kept]
 
 
-def _site_name(value: str) -> str:
-    """A field value as a site name: letters, digits, dots, dashes and underscores."""
-    cleaned = "".join(c if c.isalnum() and c.isascii() else "-" for c in value).strip("-")
-    return cleaned[:60] or "unnamed"
+def _require_both_sides(name: str, notes: Notes, holdout: float) -> None:
+    """Raises ConfigError where a hospital has nobody to train on, or nobody to measure with."""
+    units = {note.patient_id or note.note_id: (note,) for note in notes}
+    sides = split_units(units, holdout)
+    if not all(sides):
+        raise ConfigError(
+            f"hospital {name}: {len(sides[1])} of its {len(units)} patients are held out "
+            f"(notes.holdout={holdout}); it needs more of them, or another share"
+        )
+
+
+def _site_names(values: Sequence[str]) -> list[str]:
+    """A name for each field value: letters, digits and dashes; no two alike, none reserved."""
+    taken = [_RESERVED]
+    for value in values:
+        cleaned = "".join(c if c.isalnum() and c.isascii() else "-" for c in value).strip("-")
+        name = cleaned[:56] or "unnamed"
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+        taken.append(next(n for n in names if n not in taken))
+    return taken[1:]

@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from conf.load import load
+from conf.load import ConfigError, load
 from conf.schema import RunSettings
 from server.run_folder import RunFolder
 from simulation.comparison import print_comparison, write_comparison
-from simulation.run import new_run_folder, simulate
+from simulation.run import comparable, new_run_folder, simulate
+
+_REPLACED = (  # what would bring back in part what the pooled reference goes without
+    "privacy", "privacy.enabled", "privacy.clip_norm", "hospitals", "hospitals.layout",
+    "federation.min_hospitals", "alignment", "alignment.enabled",
+)  # fmt: skip
 
 
 def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
@@ -24,6 +29,8 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
     All configurations are checked before the first run starts. Raises ConfigError, and whatever
     ``simulation.run.simulate`` raises.
     """
+    if any(override.startswith("resume=") for job in jobs for override in job):
+        raise ConfigError("resume: a single run is gone on with, without --multirun")
     jobs = [*jobs, *_pooled_reference(jobs)]
     checked = [(job, load("simulate", job, RunSettings)) for job in jobs]
     sweep = new_run_folder(checked[0][1].runs, "sweep")
@@ -31,7 +38,7 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
     for number, (job, settings) in enumerate(checked, start=1):
         console.rule(escape(f"run {number} of {len(checked)}: {' '.join(job)}"))
         folder = RunFolder(sweep.path / f"{number:02d}-{_label(job)}")
-        simulate(settings, folder, console)
+        simulate(comparable(settings), folder, console)
         folders.append(folder.path)
     write_comparison(folders, sweep.path)
     print_comparison(folders, console)
@@ -45,7 +52,7 @@ def _pooled_reference(jobs: Sequence[list[str]]) -> list[list[str]]:
     wanted = settings[0].evaluation.pooled_reference
     if not wanted or any(s.hospitals.layout == "pooled" for s in settings):
         return []
-    kept = [o for o in jobs[0] if o.partition("=")[0] not in ("privacy", "hospitals", "alignment")]
+    kept = [o for o in jobs[0] if o.partition("=")[0] not in _REPLACED]
     return [[*kept, "hospitals=pooled", "privacy=none", "alignment=none"]]
 
 

@@ -35,6 +35,10 @@ def unpack_task(content: RecordDict) -> tuple[TrainingPlan, Adapter]:
         tensors = content.array_records["adapter"].to_torch_state_dict()
     except KeyError as missing:
         raise ValueError(f"record missing: {missing.args[0]}") from None
+    except ValueError:
+        raise
+    except Exception as problem:  # bytes that are no array fail in many ways
+        raise ValueError(f"malformed task ({type(problem).__name__})") from None
     adapter = Adapter.from_tensors(tensors, plan.spec)
     if not adapter.is_finite():
         raise ValueError("the adapter holds NaN or infinity")

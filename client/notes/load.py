@@ -65,12 +65,12 @@ def load_notes(settings: NotesSettings) -> NoteSet:
 
 def _without_duplicates(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
     """Reject notes whose id was already there."""
-    seen: set[str] = set()
+    seen: set[tuple[str | None, str]] = set()  # an id is a patient's own: nobody displaces another
     for outcome in outcomes:
         if not isinstance(outcome, Note):
             yield outcome
-        elif outcome.note_id not in seen:
-            seen.add(outcome.note_id)
+        elif (key := (outcome.patient_id, outcome.note_id)) not in seen:
+            seen.add(key)
             yield outcome
         else:
             file, _, line = outcome.origin.rpartition(":")

@@ -7,6 +7,8 @@ approximation is not offered: it reports less than what is spent.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +61,7 @@ def epsilon(history: History, delta: float) -> float:
     if not history:
         return 0.0
     accountant = PLDAccountant()
-    for event in history:
+    for event in _merged(history):
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         sampled = dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)
         accountant.compose(sampled, event.steps)
@@ -73,15 +75,26 @@ def epsilon(history: History, delta: float) -> float:
 def epsilon_prv(history: Sequence[GaussianSteps], delta: float) -> float:
     """The same by Opacus's PRV accountant (an upper bound within 0.01): the independent check."""
     accountant = PRVAccountant()
-    accountant.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in history]
+    events = _merged(history)
+    accountant.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in events]
     return float(accountant.get_epsilon(delta))
+
+
+def _merged(history: Sequence[GaussianSteps]) -> History:
+    """Equal mechanisms as one event: composition commutes, and costs per distinct event."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for e in history:
+        steps[e.sampling_rate, e.noise_multiplier] += e.steps
+    return tuple(GaussianSteps(q, sigma, n) for (q, sigma), n in sorted(steps.items()))
 
 
 @lru_cache(maxsize=256)
 def calibrate(
     history: History, sampling_rate: float, steps: int, budget: float, delta: float
 ) -> float:
-    """Smallest noise multiplier (to 0.1 %) for which ``history`` and ``steps`` more stay in budget.
+    """Smallest noise multiplier (to 0.2 %) for which ``history`` and ``steps`` more stay in budget.
+
+    Rounded up to three decimals, so that the rounds of a run share one mechanism.
 
     ``steps`` must be ALL steps still planned: calibrating round by round overspends. Raises
     BudgetExhausted when even a noise multiplier of 1,000 would not fit.
@@ -102,6 +115,7 @@ def calibrate(
     while high / low > 1.001:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)
-    while epsilon((*history, GaussianSteps(sampling_rate, high, steps)), delta) > budget:
-        high *= 1.001  # PRV is an upper bound on PLD up to its own error; PLD has the last word
-    return high
+    sigma = math.ceil(high * 1000) / 1000
+    while epsilon((*history, GaussianSteps(sampling_rate, sigma, steps)), delta) > budget:
+        sigma += 0.001  # PRV is an upper bound on PLD up to its own error; PLD has the last word
+    return sigma

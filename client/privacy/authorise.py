@@ -22,11 +22,14 @@ def authorise(plan: TrainingPlan, policy: SitePolicy, base_model: str, has_patie
         raise Refusal(Reason.LIMIT_EXCEEDED, f"rank {plan.adapter.rank}")
     if not set(plan.adapter.targets) <= set(policy.adapter.targets):
         raise Refusal(Reason.LIMIT_EXCEEDED, f"targets {plan.adapter.targets}")
+    if plan.privacy.max_tokens > policy.privacy.max_tokens:
+        raise Refusal(Reason.LIMIT_EXCEEDED, f"{plan.privacy.max_tokens} tokens a note")
     if not plan.privacy.enabled:
         if policy.privacy.required:
             raise Refusal(Reason.PRIVACY_REQUIRED)
         return
-    if policy.privacy.unit == "patient" and (plan.privacy.unit != "patient" or not has_patients):
+    by_patient = "patient" in (policy.privacy.unit, plan.privacy.unit)
+    if by_patient and (plan.privacy.unit != "patient" or not has_patients):
         raise Refusal(Reason.UNIT_TOO_WEAK, f"unit {plan.privacy.unit}, ids {has_patients}")
     if plan.privacy.epsilon > policy.privacy.epsilon:
         raise Refusal(Reason.BUDGET_EXHAUSTED, f"plan asks for epsilon {plan.privacy.epsilon:g}")

@@ -5,9 +5,13 @@
 
 Adding or removing one unit moves S by at most C in L2 norm, whatever else is in the batch: the
 loss of a note is the mean over its own tokens, a unit's notes are averaged before they are clipped,
-and clipping is per unit over all trained parameters together. Units are cut into micro-batches only
-to bound memory; S does not depend on the cut. Per-note gradients come from Opacus hooks in
-non-wrapping mode, so the model stays a plain PEFT model.
+and clipping is per unit over all trained parameters together.
+
+Units go through the model one at a time, so that what a unit adds is a function of that unit alone,
+bit for bit. In a shared batch float32 rounding depends on the mates, and a hostile adapter (factors
+that cancel but for rounding) can amplify that beyond C. A unit whose gradient is not finite adds
+zero: to refuse instead would tell the coordinator who was in the batch. Per-note gradients come
+from Opacus hooks in non-wrapping mode, so the model stays a plain PEFT model.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ Unit = Sequence[Tokens]  # a patient: token rows of the notes chosen for this st
 
 
 class GradientError(RuntimeError):
-    """A per-unit gradient was missing, misshapen or not finite; the step must not be released."""
+    """A per-unit gradient was missing or misshapen; the step must not be released."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,8 +63,8 @@ def per_note_gradients(model: PeftModel) -> Iterator[None]:
 def unit_gradients(model: PeftModel, units: Sequence[Unit]) -> dict[str, Tensor]:
     """Gradient of each unit's mean note loss, (units, *shape) by parameter name.
 
-    Must run inside ``per_note_gradients``. Raises GradientError when a gradient is missing, has the
-    wrong shape or is not finite.
+    Must run inside ``per_note_gradients``. Raises GradientError when a gradient is missing or has
+    the wrong shape: no data can cause that, only a model that Opacus cannot handle.
     """
     rows = [tokens for unit in units for tokens in unit]
     owner = torch.tensor([i for i, unit in enumerate(units) for _ in unit])
@@ -76,8 +80,6 @@ def unit_gradients(model: PeftModel, units: Sequence[Unit]) -> dict[str, Tensor]
         total = torch.zeros(len(units), *p.shape, device=p.device)
         total.index_add_(0, owner.to(p.device), per_note.float())
         gradients[name] = total / counts.to(p.device).view(-1, *[1] * p.ndim)
-        if not torch.isfinite(gradients[name]).all():
-            raise GradientError(f"gradient of {name} is not finite")
         p.grad_sample = None  # type: ignore[attr-defined]
         p.grad = None
     return gradients
@@ -90,25 +92,20 @@ def clip_factors(gradients: dict[str, Tensor], clip_norm: float) -> Tensor:
     return clip_norm / norms.clamp(min=clip_norm)
 
 
-def clipped_sum(
-    model: PeftModel, units: Sequence[Unit], clip_norm: float, micro_batch: int
-) -> dict[str, Tensor]:
-    """Sum of clipped unit gradients in float64, by parameter name; zeros for an empty batch.
-
-    ``micro_batch`` units go through the model at a time, sorted by length to waste less padding;
-    neither changes the result beyond float32 rounding inside the model.
-    """
+def clipped_sum(model: PeftModel, units: Sequence[Unit], clip_norm: float) -> dict[str, Tensor]:
+    """Sum of clipped unit gradients in float64, by parameter name; zeros for an empty batch."""
     total = {
         name: torch.zeros(p.shape, dtype=torch.float64, device=p.device)
         for name, p in trained_parameters(model).items()
     }
-    ordered = sorted(units, key=lambda unit: max(map(len, unit)))
     with per_note_gradients(model):
-        for start in range(0, len(ordered), micro_batch):
-            gradients = unit_gradients(model, ordered[start : start + micro_batch])
-            factors = clip_factors(gradients, clip_norm)
+        for unit in units:
+            gradients = unit_gradients(model, [unit])
+            if not all(torch.isfinite(g).all() for g in gradients.values()):
+                continue  # not a factor of zero: 0 * NaN is NaN
+            factor = clip_factors(gradients, clip_norm)[0]
             for name, g in gradients.items():
-                total[name] += torch.tensordot(factors.to(g.device), g.double(), dims=1)
+                total[name] += factor.to(g.device) * g[0].double()
     return total
 
 

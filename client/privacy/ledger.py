@@ -1,9 +1,9 @@
 """The privacy ledger of one site: durable, append-only, written before the first noisy step.
 
 A reservation is on disk (SQLite, WAL, ``synchronous=FULL``) before a sample is drawn, and counts
-from then on whatever happens: a crash never gives budget back. Entries are hash-chained, so a
-changed or removed entry shows in ``verify``. The budget belongs to a data lineage and holds over
-all rounds, runs and coordinators.
+from then on whatever happens: a crash never gives budget back. Entries are hash-chained, so an
+entry that was changed or removed shows in ``verify``, unless it is the last ones that are gone. The
+budget belongs to a data lineage and holds over all rounds, runs and coordinators.
 
 States of a reservation: RESERVED, then COMMITTED (its result was released) or BURNED (it failed).
 """
@@ -98,7 +98,7 @@ class Ledger:
         with self._transaction():
             entries = self._entries()
             spent = epsilon((*self._charged(entries), steps), self.delta)
-            if spent > self.budget:
+            if not spent <= self.budget:  # also when it is not a number
                 raise BudgetExhausted(
                     f"epsilon would be {spent:.3f}, the policy allows {self.budget:g}"
                 )

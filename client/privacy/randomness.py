@@ -28,7 +28,9 @@ class SecureRandomness:
     """Cryptographic generator with a fresh 256-bit key; make one for each round."""
 
     def __init__(self) -> None:
-        self._stream = Cipher(ChaCha20(os.urandom(32), os.urandom(16)), mode=None).encryptor()
+        # A fresh key needs no random nonce, and its first four bytes are the block counter, which
+        # must not start near its end.
+        self._stream = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
 
     def uniform(self, n: int) -> np.ndarray:
         """``n`` float64 numbers in [0, 1), each a multiple of 2^-53."""

@@ -39,12 +39,16 @@ def align(
 ) -> Alignment:
     """Run both stages on top of ``merged``; a stage of no steps is left out.
 
-    The base weights are as before when this returns.
-
-    ``on_step`` is called with the stage, the finished steps and their number.
+    The base weights are as before when this returns. ``on_step`` is called with the stage, the
+    finished steps and their number. Raises UnsupportedAdapter where the model lacks the targets,
+    InstructionsError where no answer fits into ``max_tokens``.
     """
     quiet_libraries()
     spec = AdapterSpec(settings.rank, settings.alpha, settings.targets)
+    try:
+        lora.detach(lora.attach(base.model, spec))
+    except lora.UnsupportedAdapter as problem:
+        raise lora.UnsupportedAdapter(f"alignment: {problem}") from None
     parts = [merged]
     records: dict[str, StageRecord] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as before:

@@ -108,7 +108,7 @@ def _from_files(files: list[Path]) -> list[Instruction]:
         return []
     try:
         rows = load_dataset("json", data_files=[str(f) for f in files], split="train")
-    except (DatasetGenerationError, ValueError):
+    except (DatasetGenerationError, ValueError, StopIteration):  # the last: an empty file
         names = ", ".join(f.name for f in files)
         raise InstructionsError(f"{names}: not one JSON object a line") from None
     return _rows(rows, files[0].name)
@@ -118,6 +118,8 @@ def _from_hub(split: str, limit: int) -> list[Instruction]:
     try:
         stream = load_dataset(_HUB, split=split, streaming=True)
         return _rows(stream.take(limit), split)
+    except InstructionsError:
+        raise
     except (OSError, ValueError, ConnectionError):
         raise InstructionsError(
             f"{_HUB} cannot be reached; use alignment.path=FOLDER with its JSONL files"
@@ -125,11 +127,15 @@ def _from_hub(split: str, limit: int) -> list[Instruction]:
 
 
 def _rows(rows: Dataset | Iterable[dict[str, Any]], name: str) -> list[Instruction]:
-    out = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            rejected = row.get("rejected_output") or ""
-            out.append(Instruction(row["instruction"], row["input"], row["output"], rejected))
-        except KeyError as missing:
-            raise InstructionsError(f"{name}, row {number}: column {missing} is missing") from None
+    out: list[Instruction] = []
+    try:
+        for row in rows:
+            values: dict[str, Any] = {k: row.get(k) for k in ("instruction", "input", "output")}
+            values["rejected"] = row.get("rejected_output") or ""
+            for key, value in values.items():
+                if not isinstance(value, str):
+                    raise InstructionsError(f"{name}, row {len(out) + 1}: {key} missing or no text")
+            out.append(Instruction(**values))
+    except UnicodeDecodeError:
+        raise InstructionsError(f"{name}, row {len(out) + 1}: not UTF-8") from None
     return out

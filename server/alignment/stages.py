@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from datasets import Dataset
@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec
 from conf.schema import DpoSettings, StageSettings
-from server.alignment.mediflow import Instruction
+from server.alignment.mediflow import Instruction, InstructionsError
 
 OnStep = Callable[[int, int], None]
 
@@ -74,7 +74,7 @@ def run_sft(
         processing_class=bench.tokenizer,
         peft_config=bench.spec.peft_config(),
     )
-    return _train(trainer, bench.spec, StageRecord(settings.steps, len(rows)), on_step)
+    return _train(trainer, bench, StageRecord(settings.steps, len(rows)), on_step)
 
 
 def run_dpo(
@@ -93,7 +93,7 @@ def run_dpo(
         processing_class=bench.tokenizer,
         peft_config=bench.spec.peft_config(),
     )
-    return _train(trainer, bench.spec, StageRecord(settings.steps, len(rows)), on_step)
+    return _train(trainer, bench, StageRecord(settings.steps, len(rows)), on_step)
 
 
 def _common(bench: Bench, settings: StageSettings) -> dict[str, Any]:
@@ -119,8 +119,10 @@ def _common(bench: Bench, settings: StageSettings) -> dict[str, Any]:
 
 
 def _train(
-    trainer: SFTTrainer | DPOTrainer, spec: AdapterSpec, record: StageRecord, on_step: OnStep
+    trainer: SFTTrainer | DPOTrainer, bench: Bench, record: StageRecord, on_step: OnStep
 ) -> tuple[Adapter, StageRecord]:
+    if len(cast(Dataset, trainer.train_dataset)) == 0:  # TRL dropped rows without room
+        raise InstructionsError(f"alignment.max_tokens={bench.max_tokens}: no room for any answer")
     began = time.monotonic()
     trainer.add_callback(_Watch(record, on_step))
     trainer.remove_callback(transformers.PrinterCallback)
@@ -128,8 +130,8 @@ def _train(
     record.seconds = round(time.monotonic() - began, 3)
     model = trainer.model
     assert isinstance(model, PeftModel)
-    adapter = lora.read(model, spec)
-    lora.detach(model)
+    adapter = lora.read(model, bench.spec)
+    lora.detach(model).eval()  # the trainer leaves dropout on
     return adapter, record
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from adapters.likelihood import pad_right, token_losses
-from server.alignment.mediflow import Instruction
+from server.alignment.mediflow import Instruction, InstructionsError
 
 _BATCH = 4
 
@@ -27,7 +27,7 @@ def score_instructions(
 
     A pair is ranked right when the answer is likelier per token than the rejected one; answers of
     different lengths would otherwise be compared by length. Rows whose prompt leaves no room for
-    an answer are skipped.
+    an answer are skipped; InstructionsError where that leaves none.
     """
     nats, tokens, right, pairs = 0.0, 0, 0, 0
     for start in range(0, len(rows), _BATCH):
@@ -39,6 +39,10 @@ def score_instructions(
                 continue
             nats, tokens = nats + good, tokens + n
             right, pairs = right + (good / n < bad / m), pairs + 1
+    if pairs == 0:
+        raise InstructionsError(
+            f"alignment.max_tokens={max_tokens}: no held-out instruction leaves room for an answer"
+        )
     loss = nats / tokens
     return {
         "loss": loss,

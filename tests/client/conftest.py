@@ -37,7 +37,6 @@ PLAN: dict[str, Any] = {
     "privacy": {
         "enabled": True, "unit": "patient", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0,
         "sampling_rate": 1.0, "denominator": 20, "max_notes_per_unit": 1, "max_tokens": 32,
-        "micro_batch": 64,
     },
     "optimizer": {"name": "sgd", "learning_rate": 1.0, "final_fraction": 1.0},
     "upload": "B",
@@ -64,8 +63,16 @@ def plan(starting_point: tuple[Adapter, str]) -> Callable[..., TrainingPlan]:
     return make
 
 
+@pytest.fixture(scope="session")
+def few_notes(tmp_path_factory: pytest.TempPathFactory, notes_file: Path) -> Path:
+    """The notes of 15 patients, two of each."""
+    path = tmp_path_factory.mktemp("few") / "notes.jsonl"
+    path.write_text("".join(notes_file.read_text().splitlines(keepends=True)[:30]))
+    return path
+
+
 @pytest.fixture
-def policy(tmp_path: Path, tiny_model: Path, notes_file: Path) -> Callable[..., SitePolicy]:
+def policy(tmp_path: Path, tiny_model: Path, few_notes: Path) -> Callable[..., SitePolicy]:
     """The policy of the hospital ``east``; keywords replace, and merge into its groups."""
 
     def make(**others: Any) -> SitePolicy:
@@ -73,7 +80,7 @@ def policy(tmp_path: Path, tiny_model: Path, notes_file: Path) -> Callable[..., 
             "site": "east",
             "lineage": "invented",
             "ledger": tmp_path / "ledger.sqlite",
-            "notes": {"source": "jsonl", "path": notes_file, "patient_field": "pid"},
+            "notes": {"source": "jsonl", "path": few_notes, "patient_field": "pid"},
             "model": {"source": "path", "path": str(tiny_model)},
             "privacy": {"epsilon": 8.0, "delta": 1e-5},
         }

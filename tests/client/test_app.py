@@ -19,7 +19,6 @@ from adapters.plan import TrainingPlan
 from client.privacy.accountant import GaussianSteps, epsilon
 from client.refusal import Reason
 from client.site import SITE
-from conf.policy import SitePolicy
 from transport.wire import pack_task
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def canary_notes(tmp_path: Path) -> Path:
     folder.mkdir()
     lines = [
         {"text": f"{CANARY} was seen for visit {i} and sent home.", "pid": f"{CANARY} {i // 2}"}
-        for i in range(24)
+        for i in range(12)
     ]
     path = folder / "notes.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -130,11 +129,11 @@ def test_both_factors_leave_when_the_plan_trains_both(
 
 
 def test_counts_leave_only_where_the_policy_makes_them_public(
-    hospital: Install, plan: Make, starting_point: Start, notes_file: Path
+    hospital: Install, plan: Make, starting_point: Start
 ) -> None:
     open_books = hospital(share_counts="public", privacy={"required": False})
     facts = facts_of(open_books.ask(plan(privacy={"enabled": False}), starting_point[0]))
-    assert 30 < facts["patients"] < 60  # of 60, a fifth held out
+    assert 5 < facts["patients"] < 15  # of 15, a fifth held out
     assert facts["notes"] == 2 * facts["patients"]
 
 
@@ -156,6 +155,8 @@ def test_counts_leave_only_where_the_policy_makes_them_public(
         ({"privacy": {"delta": 1e-4}}, {}, Reason.LIMIT_EXCEEDED),
         ({"privacy": {"clip_norm": 11.0}}, {}, Reason.LIMIT_EXCEEDED),
         ({"privacy": {"max_notes_per_unit": 9}}, {}, Reason.LIMIT_EXCEEDED),
+        ({"privacy": {"max_tokens": 3000}}, {}, Reason.LIMIT_EXCEEDED),
+        ({"privacy": {"max_tokens": 513}}, {}, Reason.LIMIT_EXCEEDED),  # the model reads 512
         ({"privacy": {"epsilon": 8.1}}, {}, Reason.BUDGET_EXHAUSTED),
         ({}, {"notes": {"path": "/nowhere/notes.jsonl"}}, Reason.NOTES_UNUSABLE),
         ({"adapter": {"rank": 3}}, {}, Reason.PLAN_INVALID),  # the adapter sent has rank 2
@@ -185,6 +186,7 @@ def test_an_unreadable_plan_is_refused(
         "[" * 100_000,
         json.dumps(wished | {"ledger": "/tmp/another"}),  # no permission travels in a plan
         json.dumps(wished | {"round": 3}),  # of 2
+        json.dumps(wished | {"upload": "both"}),  # A is not trained
         json.dumps({k: v for k, v in wished.items() if k != "privacy"}),
     ):
         task["plan"] = ConfigRecord({"json": text})
@@ -229,22 +231,24 @@ def test_a_spent_lineage_refuses_another_run_and_another_coordinator(
 def test_training_that_fails_is_burned_and_stays_charged(
     hospital: Install, plan: Make, starting_point: Start
 ) -> None:
-    east, sent = hospital(), starting_point[0]
-    huge = {n: LowRank(layer.B, layer.A * 1e38) for n, layer in sent.layers.items()}
-    assert refused(east.ask(plan(), Adapter(sent.spec, huge))) is Reason.TRAINING_FAILED
+    east = hospital()
+    absurd = plan(optimizer={"learning_rate": 1e39})  # no float32 number is as large
+    assert refused(east.ask(absurd, starting_point[0])) is Reason.TRAINING_FAILED
     assert east.states() == ["RESERVED", "BURNED"]
     with east.ledger() as ledger:
         assert ledger.spent() > 0
         assert ledger.entries()[-1].body["reason"] == "TRAINING_FAILED"
 
 
-def test_the_gate_refuses_a_frozen_factor_that_moved(
+def test_what_the_gate_refuses_stays_here_and_stays_charged(
     hospital: Install, plan: Make, starting_point: Start
 ) -> None:
     east = hospital()
-    sly = plan(adapter={"train": "both"}, upload="B")
-    assert refused(east.ask(sly, starting_point[0])) is Reason.OUTBOUND_REFUSED
+    overflowing = plan(optimizer={"learning_rate": 3e38}, privacy={"denominator": 1})
+    assert refused(east.ask(overflowing, starting_point[0])) is Reason.OUTBOUND_REFUSED
     assert east.states() == ["RESERVED", "BURNED"]
+    with east.ledger() as ledger:
+        assert ledger.spent() > 0
 
 
 def test_what_is_wrong_at_the_site_itself_is_called_internal(
@@ -341,10 +345,10 @@ def test_the_reason_for_unusable_notes_stays_in_the_sites_own_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     canary_notes.write_text(canary_notes.read_text() + f'{{"text": "{CANARY}\n')
-    east: SitePolicy | Any = hospital(notes={"path": canary_notes, "on_bad_record": "refuse"})
+    east = hospital(notes={"path": canary_notes, "on_bad_record": "refuse"})
     reply = east.ask(plan(), starting_point[0])
     assert refused(reply) is Reason.NOTES_UNUSABLE
-    assert "notes.jsonl:25: broken JSON" in caplog.text
+    assert "notes.jsonl:13: broken JSON" in caplog.text
     assert CANARY not in caplog.text
     assert "notes.jsonl" not in everything_in(reply)
 

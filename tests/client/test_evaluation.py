@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from adapters import lora
 from adapters.adapter import Adapter
-from adapters.base_model import load_base
+from adapters.base_model import ModelError, load_base
 from adapters.lowrank import LowRank
 from adapters.scoring import score_texts
 from client.evaluation import run
@@ -135,7 +136,7 @@ def test_an_adapter_of_another_model_or_a_cut_file_is_said_to_be_so(
         {name: LowRank(torch.zeros(9, 2), torch.zeros(2, 9))},
     ):
         Adapter(trained.spec, layers).save(tmp_path / "other")
-        with pytest.raises(ConfigError, match="does not fit the base model"):
+        with pytest.raises(ModelError, match="does not fit the base model"):
             run(command(adapter=tmp_path / "other"), quiet())
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:50])
@@ -144,7 +145,8 @@ def test_an_adapter_of_another_model_or_a_cut_file_is_said_to_be_so(
 
 
 def test_too_few_notes_to_hold_out_any_is_said_to_be_so(command: Make, tmp_path: Path) -> None:
+    trained = next(p for p in map(str, range(99)) if split_units({p: ()}, 0.2)[0])
     one = tmp_path / "one.jsonl"
-    one.write_text('{"text": "The only note of the only patient.", "pid": "trained"}\n')
+    one.write_text(json.dumps({"text": "The only note of its patient.", "pid": trained}) + "\n")
     with pytest.raises(ConfigError, match="no held-out note"):
         run(command(notes={"source": "jsonl", "path": one, "patient_field": "pid"}), quiet())

@@ -144,7 +144,7 @@ def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
         train_round(plan(), starting_point[0], own)
 
 
-# --- what a seed decides, and what a cut does not -----------------------------------------------
+# --- what a seed decides, and what a cut does not ----------------------------------------------
 
 
 def test_a_seed_decides_everything_where_privacy_is_off(
@@ -161,24 +161,12 @@ def test_a_seed_decides_everything_where_privacy_is_off(
     assert not torch.equal(result(round=2), first)  # another round draws other patients
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_how_a_batch_is_cut_changes_nothing(
-    optimizer: str, policy: MakePolicy, plan: MakePlan, starting_point: Start
-) -> None:
-    own, results = policy(privacy=OPEN), []
-    for micro_batch in (1, 7, 64):
-        asked = plan(privacy=OFF | {"micro_batch": micro_batch}, optimizer={"name": optimizer})
-        results.append(flat(train_round(asked, starting_point[0], own).tensors))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-5)
-    assert float(results[0].abs().max()) > 1e-3
-
-
 def test_learning_rate_and_steps_are_the_plans(
     policy: MakePolicy, plan: MakePlan, starting_point: Start
 ) -> None:
     """SGD from B = 0 with one step: B is linear in the rate, and two steps move further."""
-    own, steps = policy(privacy=OPEN), []
+    own = policy(privacy=OPEN)
+    steps: list[int] = []
 
     def result(rate: float, **others: Any) -> Tensor:
         asked = plan(privacy=OFF, optimizer={"learning_rate": rate}, **others)
@@ -191,13 +179,13 @@ def test_learning_rate_and_steps_are_the_plans(
     assert steps == [1, 1, 1, 2]
 
 
-# --- which notes ---------------------------------------------------------------------------------
+# --- which notes -------------------------------------------------------------------------------
 
 
-def test_held_out_patients_are_never_trained_on(policy: MakePolicy, notes_file: Path) -> None:
+def test_held_out_patients_are_never_trained_on(policy: MakePolicy) -> None:
     units, has_patients = training_units(policy(), "patient")
     assert has_patients
-    assert 30 < len(units) < 60  # of 60
+    assert 5 < len(units) < 15  # of 15
     assert all(note.patient_id == unit for unit, notes in units.items() for note in notes)
     by_note, _ = training_units(policy(), "note")
     assert len(by_note) == sum(map(len, units.values()))
@@ -213,7 +201,8 @@ def test_a_note_is_cut_to_the_plans_window(
     starting_point: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, lengths = training.clipped_sum, []
+    real = training.clipped_sum
+    lengths: list[int] = []
 
     def watched(model: Any, units: Any, *others: Any) -> Any:
         lengths.extend(len(note) for unit in units for note in unit)

@@ -1,15 +1,25 @@
-"""A made-up finished run of three hospitals, as ``summary.json`` records it."""
+"""A made-up finished run as ``summary.json`` records it, and quick real runs of a tiny model."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
+from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import app as client_app
+from client.site import SITE, SITES
+from server import rounds
+from server.run_folder import RunFolder
 
 Json = dict[str, Any]
 
@@ -178,3 +188,77 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Json, J
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def mediflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Invented instructions in MediFlow's columns: 16 rows for SFT, 24 pairs for DPO."""
+    folder = tmp_path_factory.mktemp("mediflow")
+
+    def row(i: int, flawed: bool) -> str:
+        content = {
+            "instruction": "Name the drug and the dose.",
+            "input": f"Visit {i}: given aspirin {i} mg.",
+            "output": f"Aspirin {i} mg.",
+            "rejected_output": f"Codeine {i} mg." if flawed else "",
+        }
+        return json.dumps(content) + "\n"
+
+    (folder / "mediflow.jsonl").write_text("".join(row(i, False) for i in range(16)))
+    (folder / "mediflow_dpo.jsonl").write_text("".join(row(i, True) for i in range(24)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def options(tiny_model: Path, notes_file: Path) -> tuple[str, ...]:
+    """Overrides of a quick run: three hospitals, two rounds of two steps, no alignment."""
+    return (
+        "model=path", f"model.path={tiny_model}",
+        "notes=jsonl", f"notes.path={notes_file}",
+        "notes.patient_field=pid", "notes.hospital_field=hospital", "hospitals=by_field",
+        "adapter.rank=2", "privacy.max_tokens=24",
+        "privacy.sampling_rate=1", "privacy.denominator=16",  # accounted for in no time
+        "evaluation.notes=3", "evaluation.max_tokens=24",
+        "alignment=none", "evaluation.pooled_reference=false",
+    )  # fmt: skip
+
+
+class _Neighbours:
+    """The part of Flower's Grid that the rounds use; every hospital answers in this process."""
+
+    def __init__(self, hospitals: int) -> None:
+        self._hospitals, self._replies = hospitals, dict[str, Message]()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=1 + n) for n in range(self._hospitals)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = {f"{m.metadata.group_id}-{m.metadata.dst_node_id}": m for m in messages}
+        for name, message in sent.items():
+            message.metadata.__dict__["_message_id"] = name
+            node = message.metadata.dst_node_id
+            place = {"partition-id": node - 1}
+            self._replies[name] = client_app(message, Context(1, node, place, RecordDict(), {}))
+        return list(sent)
+
+    def pull_messages(self, names: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(name) for name in list(names)]
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs go through the real apps in this process; holds the names of the runs that needed it."""
+    ran: list[str] = []
+
+    def run_rounds(folder: RunFolder, hospitals: int) -> None:
+        ran.append(folder.name)
+        monkeypatch.setenv(SITES, str((folder.path / "sites").resolve()))
+        grid = cast(Grid, _Neighbours(hospitals))
+        rounds.federate(grid, folder.training(), folder, threading.Event(), lambda *_: None)
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    monkeypatch.delenv(SITE, raising=False)
+    monkeypatch.setattr(rounds, "_POLL_S", 0.01)
+    monkeypatch.setattr("simulation.flower.run_rounds", run_rounds)
+    return ran

@@ -34,6 +34,7 @@ def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) ->
         ({"adapter": {"rank": 4}}, {"adapter": {"max_rank": 4}}),
         ({"privacy": {"epsilon": 2.5}}, {"privacy": {"epsilon": 2.5}}),
         ({"privacy": {"delta": 1e-6}}, {"privacy": {"delta": 1e-6}}),
+        ({"privacy": {"max_tokens": 99}}, {"privacy": {"max_tokens": 99}}),
         ({"privacy": {"clip_norm": 0.5}}, {"privacy": {"max_clip_norm": 0.5}}),
         ({"privacy": {"max_notes_per_unit": 3}}, {"privacy": {"max_notes_per_unit": 3}}),
         ({"adapter": {"targets": ["q_proj"]}}, {"adapter": {"targets": ["q_proj"]}}),
@@ -51,6 +52,7 @@ def test_a_plan_at_the_limit_passes(
         ({"adapter": {"rank": 5}}, {"adapter": {"max_rank": 4}}, Reason.LIMIT_EXCEEDED),
         ({"privacy": {"epsilon": 2.6}}, {"privacy": {"epsilon": 2.5}}, Reason.BUDGET_EXHAUSTED),
         ({"privacy": {"delta": 2e-6}}, {"privacy": {"delta": 1e-6}}, Reason.LIMIT_EXCEEDED),
+        ({"privacy": {"max_tokens": 99}}, {"privacy": {"max_tokens": 98}}, Reason.LIMIT_EXCEEDED),
         (
             {"privacy": {"clip_norm": 0.6}},
             {"privacy": {"max_clip_norm": 0.5}},
@@ -107,6 +109,7 @@ def test_only_the_installed_model_is_trained_and_only_if_allowed(
         ("note", "note", True, True),
         ("note", "note", False, True),
         ("note", "patient", True, True),  # stronger than asked for
+        ("note", "patient", False, False),
     ],
 )
 def test_a_unit_weaker_than_the_policys_is_refused(
@@ -135,5 +138,7 @@ def test_privacy_can_be_off_only_where_the_policy_does_not_require_it(
 
 
 def test_shape_limits_hold_without_privacy_too(plan: MakePlan, policy: MakePolicy) -> None:
-    own = policy(privacy={"required": False}, adapter={"max_rank": 1})
-    assert verdict(plan(privacy={"enabled": False}), own) is Reason.LIMIT_EXCEEDED
+    off = plan(privacy={"enabled": False})
+    for limit in ({"adapter": {"max_rank": 1}}, {"privacy": {"max_tokens": 16}}):
+        limit["privacy"] = {"required": False, **limit.get("privacy", {})}
+        assert verdict(off, policy(**limit)) is Reason.LIMIT_EXCEEDED

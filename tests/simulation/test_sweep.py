@@ -1,0 +1,122 @@
+"""Sweeps: every combination is run, checked before the first, and set beside a pooled reference."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from conf.load import ConfigError, load, sweep
+from conf.schema import RunSettings
+from simulation.sweep import _label, _pooled_reference, run_sweep
+
+WITH_REFERENCE = "evaluation.pooled_reference=true"
+
+
+def reference(*overrides: str) -> RunSettings | None:
+    """The settings of the extra job that a sweep of these overrides gets."""
+    extra = _pooled_reference(sweep(overrides))
+    assert len(extra) <= 1
+    return load("simulate", extra[0], RunSettings) if extra else None
+
+
+def test_a_sweep_runs_all_and_writes_one_report(
+    without_ray: list[str], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    quick = [o for o in options if "pooled_reference" not in o]
+    wanted = [*quick, WITH_REFERENCE, "evaluation.alone=false", f"runs={tmp_path}"]
+    jobs = sweep([*wanted, "privacy=none", "strategy=ffa,fedavg"])
+    out = io.StringIO()
+    folder = run_sweep(jobs, Console(file=out, width=300)).path
+    assert folder.parent == tmp_path
+    assert folder.name.endswith("-sweep")
+    runs = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert [run.name[:3] for run in runs] == ["01-", "02-", "03-"]
+    assert without_ray == [run.name for run in runs]
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    assert [c["strategy"]["name"] for c in configs] == ["ffa", "fedavg", "ffa"]
+    assert [c["hospitals"]["layout"] for c in configs] == ["by_field", "by_field", "pooled"]
+    assert all((run / "report.html").exists() for run in runs)
+    page = (folder / "report.html").read_text()
+    for arm in (
+        "no privacy, federated, ffa",
+        "no privacy, federated, fedavg",
+        "no privacy, pooled",
+    ):
+        assert arm in page
+    assert "strategy.name" in page  # what differs
+    assert "run 2 of 3" in out.getvalue()
+    assert f"report: {folder / 'report.html'}" in out.getvalue()
+
+
+def test_all_configurations_are_checked_before_the_first_run(
+    without_ray: list[str], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    jobs = sweep([*options, f"runs={tmp_path / 'runs'}", "privacy=none", "adapter.rank=2,0"])
+    with pytest.raises(ConfigError, match=r"^adapter.rank=0: "):
+        run_sweep(jobs, Console(file=io.StringIO()))
+    assert not (tmp_path / "runs").exists()
+    assert without_ray == []
+
+
+def test_one_run_can_be_gone_on_with_not_several(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^resume: "):
+        run_sweep([[f"resume={tmp_path}"]], Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reference_pools_without_privacy_and_without_alignment() -> None:
+    settings = reference("privacy=none,patient_eps8", "seed=5", "hospitals.population=99")
+    assert settings
+    assert settings.hospitals.layout == "pooled"
+    assert settings.privacy.enabled is False
+    assert settings.alignment.enabled is False
+    assert settings.seed == 5  # all else is as in the first job
+    assert settings.hospitals.population == 99
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "federation.min_hospitals=3",
+        "hospitals.layout=by_field",
+        "hospitals=by_field",
+        "privacy.enabled=true",
+        "privacy.clip_norm=0.5",
+        "alignment.enabled=true",
+        "alignment=mediflow",
+    ],
+)
+def test_no_option_of_the_sweep_keeps_the_reference_from_being_one(override: str) -> None:
+    settings = reference(override, "privacy=patient_eps1,patient_eps8")
+    assert settings
+    assert settings.hospitals.layout == "pooled"
+    assert settings.privacy.enabled is False
+    assert settings.privacy.clip_norm == 1e6
+    assert settings.alignment.enabled is False
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("evaluation.pooled_reference=false", "privacy=none,patient_eps8"),
+        ("evaluation=brief", "privacy=none,patient_eps8"),
+        ("hospitals=separate,pooled",),
+    ],
+)
+def test_no_reference_is_added_where_none_is_wanted_or_there_is_one(
+    overrides: tuple[str, ...],
+) -> None:
+    assert reference(*overrides) is None
+
+
+def test_a_run_is_labelled_by_its_options_as_a_folder_can_be() -> None:
+    assert _label(["privacy=none", "seed=3"]) == "privacy-none_seed-3"
+    assert _label([]) == "default"
+    assert _label(["runs=/tmp/there"]) == "default"
+    odd = _label(["notes.path=/a b/c,d.jsonl", "model.path=" + "x" * 200])
+    assert odd.startswith("notes.path--a-b-c-d.jsonl_model.path-x")
+    assert len(odd) == 60
