@@ -102,14 +102,16 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
             settings, hospitals = _hospitals(settings, folder, measured, on_step)
         for notice in measured.notices:
             console.print(f"[yellow]note[/yellow] {notice}")
+        instructions = None
+        if settings.alignment.enabled:  # before the rounds, so that a mistake in them costs little
+            with _stage(console, measured, "instructions") as on_step:
+                instructions = _instructions(settings, folder, on_step)
         with _timed(measured, "rounds"):
             _rounds(settings, folder, hospitals)
         base = load_base(settings.model)
         adapters = {"merged": folder.global_adapter()}
-        instructions = None
-        if settings.alignment.enabled:
+        if instructions is not None:
             with _stage(console, measured, "alignment") as on_step:
-                instructions = _instructions(settings, folder, on_step)
                 adapters["aligned"] = _aligned(
                     settings, folder, base, instructions, measured, on_step
                 )

@@ -132,11 +132,11 @@ def _by_field(notes: Notes, settings: RunSettings) -> dict[str, Notes]:
         )
     homes: dict[str, Counter[str]] = defaultdict(Counter)
     for note in notes:
-        homes[note.patient_id or note.note_id][note.hospital or "all"] += 1
+        homes[note.unit][note.hospital or "all"] += 1
     home = {unit: max(sorted(votes), key=votes.__getitem__) for unit, votes in homes.items()}
     grouped: dict[str, Notes] = defaultdict(list)
     for note in notes:
-        grouped[home[note.patient_id or note.note_id]].append(note)
+        grouped[home[note.unit]].append(note)
     largest = sorted(grouped, key=lambda name: (-len(grouped[name]), name))[:wanted]
     if len(largest) < wanted and settings.hospitals.layout != "pooled":
         raise ConfigError(
@@ -205,14 +205,14 @@ def _policy(
 
 
 def _first_units(notes: Notes, most: int) -> Notes:
-    units = list(dict.fromkeys(note.patient_id or note.note_id for note in notes))
+    units = list(dict.fromkeys(note.unit for note in notes))
     kept = set(units[:most])
-    return [note for note in notes if (note.patient_id or note.note_id) in kept]
+    return [note for note in notes if (note.unit) in kept]
 
 
 def _require_both_sides(name: str, notes: Notes, holdout: float) -> None:
     """Raises ConfigError where a hospital has nobody to train on, or nobody to measure with."""
-    units = {note.patient_id or note.note_id: (note,) for note in notes}
+    units = {note.unit: (note,) for note in notes}
     sides = split_units(units, holdout)
     if not all(sides):
         raise ConfigError(

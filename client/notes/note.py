@@ -6,6 +6,7 @@ from, because ids and hospital names come from configurable fields and a wrong f
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,15 @@ class Note:
     hospital: str | None
     origin: str
 
+    @property
+    def unit(self) -> str:
+        """Whose note this is: its patient, or where there are no patient ids, its own content.
+
+        A place in a file would not do: it moves when other notes come or go, and with it the
+        decision who is held out.
+        """
+        return self.patient_id or hashlib.sha256(self.text.encode()).hexdigest()
+
     def __repr__(self) -> str:
         return f"Note({self.origin})"
 
@@ -118,10 +128,10 @@ class NoteSet:
         return len(self.notes) + len(self.rejected) + len(self.left_out)
 
     def units(self) -> Units:
-        """Notes by patient, in order of first appearance; by note where there are no patients."""
+        """Notes by ``Note.unit``, in order of first appearance."""
         grouped: dict[str, list[Note]] = {}
         for note in self.notes:
-            grouped.setdefault(note.patient_id or note.note_id, []).append(note)
+            grouped.setdefault(note.unit, []).append(note)
         return {unit: tuple(notes) for unit, notes in grouped.items()}
 
     def counts(self) -> Counter[str]:

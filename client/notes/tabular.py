@@ -8,7 +8,6 @@ dotted name reaches into nested objects.
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -66,8 +65,7 @@ def _outcome(record: Record | Reason, file: str, line: int, settings: NotesSetti
         if not isinstance(text, str):
             raise BadRecord(Reason.FIELD_NOT_TEXT.of(settings.text_field))
         return Note(
-            # Without an id the text is its own: a line number would move when others come or go.
-            note_id=_id(record, settings.note_field) or hashlib.sha256(text.encode()).hexdigest(),
+            note_id=_id(record, settings.note_field) or place,
             patient_id=_id(record, settings.patient_field),
             text=clean_text(text, settings.min_chars, settings.max_chars),
             hospital=_id(record, settings.hospital_field),

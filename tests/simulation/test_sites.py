@@ -190,12 +190,13 @@ def test_field_values_become_names_that_a_folder_can_have(make: Make) -> None:
 
 def test_the_policy_allows_the_plan_and_no_more(make: Make, tmp_path: Path) -> None:
     options = ("hospitals.count=1", "privacy.epsilon=2.5", "privacy.delta=1e-6", "adapter.rank=3")
-    (site,) = make(rows(a=9), *options, "privacy.clip_norm=0.7").sites
+    more = ("privacy.clip_norm=0.7", "privacy.max_tokens=4096")
+    (site,) = make(rows(a=9), *options, *more).sites
     policy: Any = site.policy
     assert policy == read_policy(tmp_path / "run" / "sites" / "a.yaml")
     assert policy.privacy.required is True
     assert (policy.privacy.epsilon, policy.privacy.delta) == (2.5, 1e-6)
-    assert policy.privacy.max_clip_norm == 0.7
+    assert (policy.privacy.max_clip_norm, policy.privacy.max_tokens) == (0.7, 4096)
     assert policy.adapter.max_rank == 3
     assert policy.adapter.targets == ("q_proj", "v_proj")
     assert policy.share_counts == "never"

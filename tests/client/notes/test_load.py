@@ -178,7 +178,13 @@ def test_no_text_of_good_and_bad_records_together_is_ever_shown(
     assert "Zebedee" not in "".join([*views, caplog.text])
 
 
-def test_units_are_notes_where_there_are_no_patients() -> None:
-    notes = tuple(Note(f"n{i}", None, "Seen in clinic.", None, f"f:{i}") for i in range(3))
-    found = NoteSet(notes, (), has_patients=False)
-    assert found.units() == {note.note_id: (note,) for note in notes}
+def test_units_are_contents_where_there_are_no_patients() -> None:
+    """Wherever a note stands in a file, it is the same unit: others coming or going move nobody."""
+    texts = ("Seen in clinic.", "Seen at home.", "Seen in clinic.")
+    notes = tuple(Note(f"n{i}", None, text, None, f"f:{i}") for i, text in enumerate(texts))
+    found = NoteSet(notes, (), has_patients=False).units()
+    assert list(found.values()) == [(notes[0], notes[2]), (notes[1],)]
+    moved = NoteSet(
+        tuple(Note(f"m{i}", None, n.text, None, "g") for i, n in enumerate(notes[1:])), (), False
+    )
+    assert set(moved.units()) == set(found)
