@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 
 from client.site import SITES
@@ -30,6 +31,8 @@ from flwr.simulation import run_simulation
 from client.app import app as client_app
 from server.app import app as server_app
 
+_STOP_S = 10.0  # the ServerApp hears of STOP within a second, unless it is writing a round down
+
 
 def run_rounds(folder: RunFolder, hospitals: int) -> None:
     """Run the federation's remaining rounds; on return they are all in the run folder.
@@ -42,6 +45,7 @@ def run_rounds(folder: RunFolder, hospitals: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(cores)
     STOP.clear()
     _log_to(folder.path / "flower.log")
+    before = set(threading.enumerate())
     try:
         run_simulation(
             server_app=server_app,
@@ -60,6 +64,9 @@ def run_rounds(folder: RunFolder, hospitals: int) -> None:
         )
     finally:
         STOP.set()
+        for thread in set(threading.enumerate()) - before:
+            if not thread.daemon:  # the ServerApp's, when an interrupt came first
+                thread.join(_STOP_S)
 
 
 def _log_to(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from adapters.adapter import Adapter
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan
 from client import training
+from client.notes.split import split_units
 from client.privacy.accountant import GaussianSteps
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import SecureRandomness
@@ -142,6 +144,28 @@ def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
     assert not {"epsilon_spent", "noise_multiplier", "delta"} & set(outgoing.facts)
     with pytest.raises(AssertionError, match="opened"):  # and the patch does reach the private path
         train_round(plan(), starting_point[0], own)
+
+
+@pytest.mark.parametrize("notes", [1, 2])
+def test_one_patient_moves_the_adapter_by_the_clip_norm_at_most(
+    notes: int, policy: MakePolicy, plan: MakePlan, starting_point: Start, tmp_path: Path
+) -> None:
+    """One step, one patient, no noise: what moves is the clipped gradient and nothing else."""
+    patient = next(p for p in map(str, range(99)) if split_units({p: ()}, 0.2)[0])
+    texts = ("Seen for chest pain today.", "Given aspirin 100 mg for a fever.")[:notes]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": t, "pid": patient}) + "\n" for t in texts))
+    site = policy(privacy=OPEN, notes={"path": own})
+
+    def moved(clip_norm: float) -> float:
+        privacy = {"enabled": False, "clip_norm": clip_norm, "max_notes_per_unit": 2}
+        asked = plan(local_steps=1, privacy=privacy, optimizer={"learning_rate": 20.0})
+        return float(flat(train_round(asked, starting_point[0], site).tensors).norm())
+
+    unclipped = moved(1e6)  # the rate and the denominator, 20, cancel
+    for clip_norm in (unclipped / 100, unclipped / 3):
+        assert moved(clip_norm) == pytest.approx(clip_norm, rel=1e-4)
+    assert moved(unclipped * 2) == pytest.approx(unclipped, rel=1e-6)
 
 
 # --- what a seed decides, and what a cut does not ----------------------------------------------
