@@ -147,7 +147,7 @@ def _hospitals(
     hospitals = prepare(settings, folder, on_step)
     if hospitals.unplaced:
         measured.notices.append(
-            f"{hospitals.unplaced} records were rejected; of which hospital they are is not known"
+            f"records rejected: {hospitals.unplaced}; which hospital they belong to is not known"
         )
     return settings, hospitals
 

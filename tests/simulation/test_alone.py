@@ -22,6 +22,9 @@ from simulation.sites import Site
 
 SITES = ("east", "mid", "west")
 
+# Opacus divides by log(0) on the way where every patient is in every step.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+
 
 def finished(options: tuple[str, ...], folder: Path, *more: str) -> tuple[RunSettings, RunFolder]:
     """A finished run in ``folder``."""
