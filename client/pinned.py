@@ -13,10 +13,8 @@ first on ``PATH``) and guarantees:
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from types import CodeType, ModuleType
 
 from flwr.app import Context, Message
@@ -24,6 +22,7 @@ from flwr.cli import install
 from flwr.supernode.cli import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp as runtime
 
+from client.refusal import failure_site
 from transport import processes
 
 SUPPORTED = "1.41."  # minor releases of Flower change their internals
@@ -101,7 +100,7 @@ def guarded(app: Application) -> Application:
         try:
             return app(message, context)
         except Exception as error:  # whatever it is, its text must not travel
-            logger.error("the application failed: %s", _place(error))
+            logger.error("the application failed: %s", failure_site(error))
         raise ClientFailure("the hospital's application failed; its own log says where")
 
     return answer
@@ -119,12 +118,6 @@ _REPLACED: dict[str, Callable[..., object]] = {
     "install_app_dependencies": _install_nothing,
     "get_load_client_app_fn": _installed_instead,
 }
-
-
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
-    return f"{type(error).__name__} at {where}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ The text of an exception may quote a note, a path or a patient id, so it stays i
 
 from __future__ import annotations
 
+import traceback
 from enum import Enum
+from pathlib import Path
 
 
 class Reason(Enum):
@@ -31,3 +33,10 @@ class Refusal(Exception):
         super().__init__(reason.value)
         self.reason = reason
         self.detail = detail
+
+
+def failure_site(problem: BaseException) -> str:
+    """Type and place of an exception, without its text: the text may quote a note."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
+    return f"{type(problem).__name__} at {place}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from flwr.app import Context
 from pydantic import ValidationError
+from yaml.error import MarkedYAMLError
 
 from conf.policy import SitePolicy
 
@@ -19,13 +22,29 @@ class SiteError(ValueError):
     """The site policy is absent or invalid; one line that says where and what."""
 
 
+class _RepeatedKey(MarkedYAMLError):
+    """A key that is set twice: which of the two the hospital means is not for us to guess."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader takes the last of two equal keys; a policy must not be read that way."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise _RepeatedKey(problem="a key is set twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_policy(path: Path) -> SitePolicy:
     """The validated policy in a YAML file.
 
     Raises SiteError naming the file, the key and what is allowed.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
         return SitePolicy.model_validate(raw)
     except FileNotFoundError:
         raise SiteError(f"{path}: no such site policy") from None
@@ -34,7 +53,8 @@ def read_policy(path: Path) -> SitePolicy:
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise SiteError(f"{path}{line}: not valid YAML") from None
+        what = problem.problem if isinstance(problem, _RepeatedKey) else "not valid YAML"
+        raise SiteError(f"{path}{line}: {what}") from None
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -1,7 +1,7 @@
 """One round at a hospital, in the order that keeps its promises.
 
-    policy -> notes -> noise for the whole plan -> ledger (on disk) -> sample, clip, noise, step
-    -> gate -> ledger closed
+    policy -> model -> notes -> noise for the whole plan -> ledger (on disk)
+    -> sample, clip, noise, step -> gate -> ledger closed
 
 Nothing touches a note's gradient before the charge is on disk, and nothing leaves but through the
 gate.
@@ -27,13 +27,13 @@ from client.notes.load import NotesError, load_notes
 from client.notes.note import Note
 from client.notes.split import split_units
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
-from client.privacy.authorise import authorise
+from client.privacy.authorise import authorise, require_model, require_unit
 from client.privacy.engine import clipped_sum, noised_mean, trained_parameters
 from client.privacy.gate import Fact, outgoing_facts, outgoing_tensors
 from client.privacy.ledger import Ledger, LedgerError, Reservation
 from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.sampling import poisson_sample
-from client.refusal import Reason, Refusal
+from client.refusal import Reason, Refusal, failure_site
 from conf.policy import SitePolicy
 from conf.schema import ModelSettings, OptimizerSettings
 
@@ -61,14 +61,13 @@ def train_round(
     Raises Refusal, with a reason that may be published, whenever the round cannot or must not be
     done. ``on_step`` is called with the number of finished steps.
     """
+    authorise(plan, policy)
     bench = _workbench(policy.model, plan.spec, plan.adapter.train)
-    units, has_patients = training_units(policy, plan.privacy.unit)
-    authorise(plan, policy, bench.fingerprint, has_patients)
     model = bench.model
-    # A longer note than the model can read would fail, and the failure would tell of that note.
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and plan.privacy.max_tokens > longest:
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"max_tokens {plan.privacy.max_tokens}")
+    require_model(plan, bench.fingerprint, longest)
+    units, has_patients = training_units(policy, plan.privacy.unit)
+    require_unit(plan, has_patients)
     try:
         lora.write(model, received)
     except ValueError as problem:
@@ -204,15 +203,6 @@ def _optimizer(
     if settings.name == "sgd":
         return torch.optim.SGD(parameters, lr=settings.learning_rate)
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-
-
-def failure_site(problem: Exception) -> str:
-    """Type and place of an exception, without its text: the text may quote a note."""
-    frame = problem.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    place = f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}" if frame else "?"
-    return f"{type(problem).__name__} at {place}"
 
 
 class _Tokens:

@@ -228,7 +228,7 @@ def _gather(
         for name in (name for name in online if name not in known):
             console.print(f"{escape(name)} connected")
         known = online
-        status.update(f"{len(online)} of {needed} hospitals connected")
+        status.update(f"hospitals connected: {len(online)} of {needed}")
         if len(online) >= needed:
             return
         time.sleep(_POLL_S)

@@ -75,6 +75,7 @@ class ReleaseFacts:
     created: str  # ISO 8601
     base_model: str
     base_fingerprint: str
+    base_remark: str
     strategy: str
     rounds: int
     rank: int

@@ -72,6 +72,7 @@ def federate(
             merge = strategy.merge([a.adapter for a in accepted], weights)
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
+        folder.begin_round(number)
         for one in accepted:
             one.adapter.save(folder.adapter_folder(number, one.site))
         merge.adapter.save(folder.adapter_folder(number))
@@ -117,7 +118,7 @@ def _wait_for_nodes(
         if len(nodes) >= needed:
             return nodes
         if time.monotonic() > deadline:
-            raise RoundFailed(f"{len(nodes)} hospitals connected in time, {needed} needed")
+            raise RoundFailed(f"hospitals connected in time: {len(nodes)}, needed: {needed}")
         _pause(stop)
 
 

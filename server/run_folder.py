@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,10 @@ class RunFolder:
         """Append the record of a round whose adapters are saved; durable on return."""
         lines = [json.dumps(r) for r in (*self.finished_rounds(), record)]
         write_atomically(self.path / "rounds.jsonl", "\n".join(lines) + "\n")
+
+    def begin_round(self, number: int) -> None:
+        """Remove what an interrupted try at this round has left: it is no part of the round."""
+        shutil.rmtree(self.adapter_folder(number).parent, ignore_errors=True)
 
     def global_adapter(self) -> Adapter:
         """The merged adapter of the last finished round (or the starting point)."""

@@ -23,11 +23,11 @@ from rich.markup import escape
 
 from adapters import lora
 from adapters.adapter import Adapter
-from adapters.base_model import BaseModel, cache_folder, load_base
+from adapters.base_model import BaseModel, cache_folder, load_base, skeleton
 from client.refusal import Refusal
 from conf.load import ConfigError
 from conf.schema import RunSettings
-from server.alignment.align import align
+from server.alignment.align import align, require_targets
 from server.alignment.mediflow import InstructionSet, load_instructions
 from server.evaluation.instructions import score_instructions
 from server.progress import stage_progress
@@ -104,6 +104,7 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
             console.print(f"[yellow]note[/yellow] {notice}")
         instructions = None
         if settings.alignment.enabled:  # before the rounds, so that a mistake in them costs little
+            require_targets(skeleton(settings.model), settings.alignment)
             with _stage(console, measured, "instructions") as on_step:
                 instructions = _instructions(settings, folder, on_step)
         with _timed(measured, "rounds"):

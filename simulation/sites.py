@@ -8,6 +8,7 @@ values of the field goes to the hospital with most of them, so no patient is at 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -70,7 +71,7 @@ def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hos
     origins, rejected, has_patients = _notes_by_hospital(settings, progress)
     if settings.hospitals.max_units:
         origins = {
-            name: _first_units(notes, settings.hospitals.max_units)
+            name: _some_units(notes, settings.hospitals.max_units)
             for name, notes in origins.items()
         }
     for name, notes in origins.items():
@@ -204,10 +205,11 @@ def _policy(
     )
 
 
-def _first_units(notes: Notes, most: int) -> Notes:
-    units = list(dict.fromkeys(note.unit for note in notes))
-    kept = set(units[:most])
-    return [note for note in notes if (note.unit) in kept]
+def _some_units(notes: Notes, most: int) -> Notes:
+    """Notes of ``most`` units, chosen by hash: the first in a file are seldom like the rest."""
+    units = {note.unit for note in notes}
+    kept = set(sorted(units, key=lambda u: hashlib.sha256(f"kept:{u}".encode()).digest())[:most])
+    return [note for note in notes if note.unit in kept]
 
 
 def _require_both_sides(name: str, notes: Notes, holdout: float) -> None:

@@ -120,6 +120,7 @@ def release_facts(
         created=summary["created"],
         base_model=base.public_name,
         base_fingerprint=summary["model"]["fingerprint"],
+        base_remark=base.remark,
         strategy=summary["strategy"],
         rounds=len(summary["rounds"]),
         rank=shape.rank,

@@ -7,14 +7,11 @@ from client.refusal import Reason, Refusal
 from conf.policy import SitePolicy
 
 
-def authorise(plan: TrainingPlan, policy: SitePolicy, base_model: str, has_patients: bool) -> None:
-    """Return when every limit of the policy holds.
+def authorise(plan: TrainingPlan, policy: SitePolicy) -> None:
+    """Return when every limit holds that can be checked without model and notes.
 
-    ``base_model`` is the fingerprint of the model installed here; ``has_patients`` says whether
-    notes carry patient ids. Raises Refusal with the first limit that does not hold.
+    Raises Refusal with the first limit that does not hold.
     """
-    if plan.base_model != base_model:
-        raise Refusal(Reason.MODEL_MISMATCH, f"plan {plan.base_model[:12]}, here {base_model[:12]}")
     allowed = policy.adapter.base_models
     if allowed and plan.base_model not in allowed:
         raise Refusal(Reason.MODEL_MISMATCH, "not in adapter.base_models")
@@ -28,9 +25,8 @@ def authorise(plan: TrainingPlan, policy: SitePolicy, base_model: str, has_patie
         if policy.privacy.required:
             raise Refusal(Reason.PRIVACY_REQUIRED)
         return
-    by_patient = "patient" in (policy.privacy.unit, plan.privacy.unit)
-    if by_patient and (plan.privacy.unit != "patient" or not has_patients):
-        raise Refusal(Reason.UNIT_TOO_WEAK, f"unit {plan.privacy.unit}, ids {has_patients}")
+    if policy.privacy.unit == "patient" and plan.privacy.unit != "patient":
+        raise Refusal(Reason.UNIT_TOO_WEAK, f"unit {plan.privacy.unit}")
     if plan.privacy.epsilon > policy.privacy.epsilon:
         raise Refusal(Reason.BUDGET_EXHAUSTED, f"plan asks for epsilon {plan.privacy.epsilon:g}")
     if plan.privacy.delta > policy.privacy.delta:
@@ -39,3 +35,22 @@ def authorise(plan: TrainingPlan, policy: SitePolicy, base_model: str, has_patie
         raise Refusal(Reason.LIMIT_EXCEEDED, f"clip norm {plan.privacy.clip_norm:g}")
     if plan.privacy.max_notes_per_unit > policy.privacy.max_notes_per_unit:
         raise Refusal(Reason.LIMIT_EXCEEDED, f"{plan.privacy.max_notes_per_unit} notes a unit")
+
+
+def require_model(plan: TrainingPlan, installed: str, longest: int | None) -> None:
+    """Return when the installed model is the plan's and can read its windows.
+
+    ``installed`` is the fingerprint of the model; ``longest`` how many tokens it can read
+    (None sets no limit): a longer note would fail, and the failure would tell of that note.
+    Raises Refusal.
+    """
+    if plan.base_model != installed:
+        raise Refusal(Reason.MODEL_MISMATCH, f"plan {plan.base_model[:12]}, here {installed[:12]}")
+    if longest and plan.privacy.max_tokens > longest:
+        raise Refusal(Reason.LIMIT_EXCEEDED, f"max_tokens {plan.privacy.max_tokens}")
+
+
+def require_unit(plan: TrainingPlan, has_patients: bool) -> None:
+    """Return when the notes can be told apart by the plan's privacy unit. Raises Refusal."""
+    if plan.privacy.enabled and plan.privacy.unit == "patient" and not has_patients:
+        raise Refusal(Reason.UNIT_TOO_WEAK, "the notes carry no patient ids")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec, sum_exactly
 from adapters.base_model import BaseModel
@@ -27,6 +29,21 @@ class Alignment:
 
     adapter: Adapter
     stages: dict[str, StageRecord]
+
+
+def _spec(settings: AlignmentSettings) -> AdapterSpec:
+    return AdapterSpec(settings.rank, settings.alpha, settings.targets)
+
+
+def require_targets(model: PreTrainedModel, settings: AlignmentSettings) -> None:
+    """Return when the model has the layers that alignment is to train.
+
+    Raises UnsupportedAdapter. The model may be ``adapters.base_model.skeleton``.
+    """
+    try:
+        lora.detach(lora.attach(model, _spec(settings)))
+    except lora.UnsupportedAdapter as problem:
+        raise lora.UnsupportedAdapter(f"alignment: {problem}") from None
 
 
 def align(
@@ -44,11 +61,8 @@ def align(
     InstructionsError where no answer fits into ``max_tokens``.
     """
     quiet_libraries()
-    spec = AdapterSpec(settings.rank, settings.alpha, settings.targets)
-    try:
-        lora.detach(lora.attach(base.model, spec))
-    except lora.UnsupportedAdapter as problem:
-        raise lora.UnsupportedAdapter(f"alignment: {problem}") from None
+    require_targets(base.model, settings)
+    spec = _spec(settings)
     parts = [merged]
     records: dict[str, StageRecord] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as before:

@@ -15,6 +15,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from adapters.base_model import cache_folder
+
 _HUB = "microsoft/mediflow"
 
 
@@ -107,7 +109,12 @@ def _from_files(files: list[Path]) -> list[Instruction]:
     if not files:
         return []
     try:
-        rows = load_dataset("json", data_files=[str(f) for f in files], split="train")
+        rows = load_dataset(
+            "json",
+            data_files=[str(f) for f in files],
+            split="train",
+            cache_dir=str(cache_folder() / "datasets"),
+        )
     except (DatasetGenerationError, ValueError, StopIteration):  # the last: an empty file
         names = ", ".join(f.name for f in files)
         raise InstructionsError(f"{names}: not one JSON object a line") from None

@@ -104,7 +104,8 @@ def _common(bench: Bench, settings: StageSettings) -> dict[str, Any]:
         "per_device_train_batch_size": settings.batch,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, settings.steps // 10),
+        # The first warm-up step has rate 0: in a stage of a few steps it would be a step lost.
+        "warmup_steps": settings.steps // 10,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],

@@ -99,6 +99,11 @@ def test_a_key_or_value_that_does_not_fit_is_named(
         (b"site: \x00", ": not valid YAML"),
         (b"!!python/object/apply:os.getcwd []", ", line 1: not valid YAML"),  # nothing is run
         (b"site: caf\xe9\n", ": not a readable file of UTF-8 text"),
+        (b"site: east\nsite: west\n", ", line 2: a key is set twice"),
+        (
+            b"privacy:\n  epsilon: 1\n  delta: 1e-5\n  epsilon: 100\n",
+            ", line 4: a key is set twice",
+        ),
         (b"", ": : Input should be a valid dictionary"),
         (b"- east\n", ": : Input should be a valid dictionary"),
     ],

@@ -38,7 +38,7 @@ def released(tiny_model: Path) -> Adapter:
 def facts(adapter: Adapter) -> ReleaseFacts:
     return ReleaseFacts(
         name="first", created="2026-11-21T10:42:07+00:00", base_model="tiny-llama",
-        base_fingerprint="8f6d", strategy="ffa", rounds=2, rank=adapter.spec.rank,
+        base_fingerprint="8f6d", base_remark="", strategy="ffa", rounds=2, rank=adapter.spec.rank,
         alpha=adapter.spec.alpha, targets=adapter.spec.targets, trained="B",
         hospitals=(HospitalFacts("east", 7.9412, 1e-5), HospitalFacts("west", 5.2, 2e-6)),
         privacy=PrivacyFacts("patient", 8.0, "PLD", 1.0, 0.25),

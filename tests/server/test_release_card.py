@@ -26,6 +26,7 @@ FACTS = ReleaseFacts(
     created="2026-11-21T10:42:07+00:00",
     base_model="SmolLM2-135M-Instruct",
     base_fingerprint="sha256:8f6d0c2b51e7a94d",
+    base_remark="its weights rounded",
     strategy="fedsvd",
     rounds=3,
     rank=8,
@@ -62,7 +63,8 @@ def test_front_matter_is_that_of_a_peft_adapter(tmp_path: Path) -> None:
 def test_card_states_every_fact(tmp_path: Path) -> None:
     text = card(tmp_path, FACTS)
     for fact in (
-        FACTS.base_fingerprint, "| rounds | 3 |", "rank 8, alpha 16.0", "one **patient**",
+        FACTS.base_fingerprint, "(its weights rounded)", "| rounds | 3 |", "rank 8, alpha 16.0",
+        "one **patient**",
         "adding or removing one patient", "PLD (dp-accounting 0.6.0)", "norm 1.0",
         "| north | 7.95 | 1e-05 | 161 | 512 |",
         "| harbor | 5.21 | 2.5e-06 | not public | not public |",

@@ -223,6 +223,6 @@ def test_too_few_hospitals_are_waited_for_and_not_longer_than_allowed(
 ) -> None:
     federation = {"timeout_s": 0.1}
     grid = local_grid({11: honest[11]})
-    with pytest.raises(RoundFailed, match="1 hospitals connected in time, 2 needed"):
+    with pytest.raises(RoundFailed, match="hospitals connected in time: 1, needed: 2"):
         go(grid, settings(federation=federation), folder)
     assert grid.asked == []

@@ -56,12 +56,17 @@ def test_a_mistake_is_told_in_one_line_and_no_hospital_has_trained(
     assert not (folder / "release").exists()
 
 
-def test_targets_of_the_alignment_are_told_apart_from_those_of_the_rounds(
-    command: list[str], without_ray: list[str], capsys: pytest.CaptureFixture[str]
+def test_targets_of_the_alignment_are_told_apart_from_those_of_the_rounds_and_before_them(
+    command: list[str],
+    without_ray: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert wardround.main([*command, "alignment.targets=[c_attn]"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wardround: alignment: no module of LlamaForCausalLM matches")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "adapters").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapters.plan import TrainingPlan
-from client.privacy.authorise import authorise
+from client.privacy.authorise import authorise, require_model, require_unit
 from client.refusal import Reason, Refusal
 from conf.policy import SitePolicy
 
@@ -16,9 +16,18 @@ MakePlan = Callable[..., TrainingPlan]
 MakePolicy = Callable[..., SitePolicy]
 
 
-def verdict(plan: TrainingPlan, policy: SitePolicy, has_patients: bool = True) -> Reason | None:
+def verdict(
+    plan: TrainingPlan,
+    policy: SitePolicy,
+    has_patients: bool = True,
+    installed: str | None = None,
+    longest: int | None = None,
+) -> Reason | None:
+    """The first refusal, asked in the order of a round; the plan's own model unless another is."""
     try:
-        authorise(plan, policy, plan.base_model, has_patients)
+        authorise(plan, policy)
+        require_model(plan, installed or plan.base_model, longest)
+        require_unit(plan, has_patients)
     except Refusal as refusal:
         return refusal.reason
     return None
@@ -92,12 +101,15 @@ def test_only_the_installed_model_is_trained_and_only_if_allowed(
         (other, installed, (other,), Reason.MODEL_MISMATCH),
     ):
         own = policy(adapter={"base_models": allowed})
-        if reason is None:
-            authorise(plan(base_model=planned), own, here, has_patients=True)
-            continue
-        with pytest.raises(Refusal) as refusal:
-            authorise(plan(base_model=planned), own, here, has_patients=True)
-        assert refusal.value.reason is reason
+        assert verdict(plan(base_model=planned), own, installed=here) is reason
+
+
+@pytest.mark.parametrize(("longest", "passes"), [(None, True), (32, True), (31, False)])
+def test_a_window_longer_than_the_model_reads_is_refused(
+    plan: MakePlan, policy: MakePolicy, longest: int | None, passes: bool
+) -> None:
+    found = verdict(plan(privacy={"max_tokens": 32}), policy(), longest=longest)
+    assert found is (None if passes else Reason.LIMIT_EXCEEDED)
 
 
 @pytest.mark.parametrize(
