@@ -156,11 +156,16 @@ def _alignment(summary: Summary) -> list[str]:
     if before is None or after is None:
         return []
     sentences = []
-    if before.preference_accuracy is not None and after.preference_accuracy is not None:
+    if before.loss is not None and after.loss is not None:
         sentences.append(
-            "Alignment moved the share of held-out instructions on which the good answer is "
-            f"preferred from {percent(before.preference_accuracy)} to "
-            f"{percent(after.preference_accuracy)}."
+            "Alignment moved the loss of held-out answers from "
+            f"{before.loss:.2f} to {after.loss:.2f} (lower is better)."
+        )
+    if before.preference_accuracy is not None and after.preference_accuracy is not None:
+        old, new = percent(before.preference_accuracy), percent(after.preference_accuracy)
+        change = f"stayed at {new}" if old == new else f"went from {old} to {new}"
+        sentences.append(
+            f"The share of held-out instructions on which the good answer is preferred {change}."
         )
     changes = [
         (a - m) / m

@@ -187,6 +187,17 @@ def test_the_process_ends_with_the_code_and_without_a_traceback(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def opened_by_a_reader(fifo: Path) -> int:
+    """The fifo's writing end, once somebody reads the other: opening it fails until then."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def test_an_interrupt_ends_the_process_with_code_130_and_one_line(tmp_path: Path) -> None:
     fifo = tmp_path / "notes.jsonl"
     os.mkfifo(fifo)  # reading it waits for ever
@@ -195,12 +206,10 @@ def test_an_interrupt_ends_the_process_with_code_130_and_one_line(tmp_path: Path
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(process.stderr or []))
     reader.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "runs").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.5)
+    writer = opened_by_a_reader(fifo)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130
+    os.close(writer)
     reader.join(timeout=10)
     assert said[-1] == "wardround: stopped; nothing that was finished is lost\n"
     assert "Traceback" not in "".join(said)

@@ -39,8 +39,8 @@ def settings(sft: int, dpo: int) -> AlignmentSettings:
         {
             "enabled": True, "data": "mediflow", "examples": 8, "held_out": 4, "max_tokens": 256,
             "rank": 4, "alpha": 8.0, "targets": TARGETS,
-            "sft": {"steps": sft, "batch": len(ROWS), "learning_rate": 0.02},
-            "dpo": {"steps": dpo, "batch": len(ROWS), "learning_rate": 0.02, "beta": 0.1},
+            "sft": {"steps": sft, "batch": len(ROWS), "learning_rate": 0.01},
+            "dpo": {"steps": dpo, "batch": len(ROWS), "learning_rate": 0.01, "beta": 0.1},
         }
     )  # fmt: skip
 
