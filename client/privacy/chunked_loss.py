@@ -12,12 +12,13 @@ Same multiplications as the usual way, in the same precision; the projection its
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from adapters.likelihood import note_losses
 
@@ -37,9 +38,9 @@ def memory_saving_losses(model: PeftModel) -> NoteLosses:
     def plain(ids: Tensor, lengths: Tensor) -> Tensor:
         return note_losses(model, ids, lengths)
 
-    causal = model.get_base_model()
+    causal = cast(PreTrainedModel, model.get_base_model())
     head = causal.get_output_embeddings()
-    trunk = getattr(causal, str(causal.base_model_prefix), None)
+    trunk = getattr(causal, causal.base_model_prefix, None)
     if trunk is None or type(head) is not nn.Linear or head.bias is not None:
         return plain
     if head.weight.requires_grad:
