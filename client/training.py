@@ -61,7 +61,8 @@ class Outgoing:
         """Inverse of ``to_bytes``."""
         length = int.from_bytes(content[:8], "little")  # of the header, which is JSON
         facts = json.loads(content[8 : 8 + length])["__metadata__"]["facts"]
-        return cls(safetensors.torch.load(content), json.loads(facts))
+        tensors = sorted(safetensors.torch.load(content).items())  # which come in any order
+        return cls(dict(tensors), json.loads(facts))
 
 
 def train_round(

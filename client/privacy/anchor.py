@@ -90,7 +90,10 @@ class Anchor:
         if mark is None:
             # A single entry may be the first ever, cut off from its anchor by a crash.
             if len(entries) > 1 and entries[-1].body["anchor"] == self.name:
-                raise LedgerError(f"{self.path}: the ledger's anchor is missing; {_NEW_PATH}")
+                raise LedgerError(
+                    f"{self.path}: the ledger's anchor is missing: make its disk available, or, "
+                    f"{_NEW_PATH}"
+                )
             return
         if mark.seq > len(entries):
             raise LedgerError(
