@@ -19,7 +19,13 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from conf.commands import AlignCommand, ClientCommand, EvaluateCommand, ServerCommand
+from conf.commands import (
+    AlignCommand,
+    ClientCommand,
+    EvaluateCommand,
+    LedgerCommand,
+    ServerCommand,
+)
 from conf.load import ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 
@@ -123,6 +129,15 @@ def _evaluate(overrides: list[str], multirun: bool, console: Console) -> int:
     return 0
 
 
+def _ledger(overrides: list[str], multirun: bool, console: Console) -> int:
+    from client.ledger_command import ACTIONS, run
+
+    if not overrides or overrides[0] not in ACTIONS:
+        raise ConfigError(f"say what to do: wardround ledger {' | '.join(ACTIONS)}")
+    run(overrides[0], load("ledger", overrides[1:], LedgerCommand), console)
+    return 0
+
+
 COMMANDS = {
     "simulate": Command(
         "many hospitals on this machine, end to end, with a report",
@@ -175,6 +190,22 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
   wardround evaluate adapter=release notes=jsonl notes.path=notes.jsonl
   wardround evaluate adapter=release notes=fhir notes.path=export/ part=held_out""",
         _evaluate,
+    ),
+    "ledger": Command(
+        "what a hospital has spent, what a plan would cost, a statement to sign off",
+        """Look into the privacy ledger that a site policy names. Nothing here spends anything.
+
+  wardround ledger show site=site.yaml                   every charge, and totals by data lineage
+  wardround ledger show site=site.yaml figure=spent.svg  and epsilon over time, as a picture
+  wardround ledger verify site=site.yaml                 exit code 0 when chain and anchor hold
+  wardround ledger plan site=site.yaml plan.rounds=5 plan.local_steps=4 plan.sampling_rate=0.1
+                                                         the noise it needs, epsilon after it
+  wardround ledger plan site=site.yaml plan.noise_multiplier=0.8
+                                                         does it fit, and if not, how much of it
+  wardround ledger export site=site.yaml out=statement.json
+                                                         signed, for an ethics board
+  wardround ledger check file=statement.json             for the board: nothing else is needed""",
+        _ledger,
     ),
 }
 

@@ -1,19 +1,22 @@
 """One round at a hospital, in the order that keeps its promises.
 
-    policy -> model -> notes -> noise for the whole plan -> ledger (on disk)
-    -> sample, clip, noise, step -> gate -> ledger closed
+    policy -> answered before? -> model -> notes -> noise for the whole plan -> ledger (on disk)
+    -> sample, clip, noise, step -> gate -> ledger closed, with the reply
 
 Nothing touches a note's gradient before the charge is on disk, and nothing leaves but through the
-gate.
+gate. A task that was answered before gets the stored reply again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -49,6 +52,18 @@ class Outgoing:
     tensors: dict[str, Tensor]
     facts: dict[str, Fact]
 
+    def to_bytes(self) -> bytes:
+        """Safetensors, with the facts as metadata."""
+        return safetensors.torch.save(self.tensors, {"facts": json.dumps(self.facts)})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Outgoing:
+        """Inverse of ``to_bytes``."""
+        length = int.from_bytes(content[:8], "little")  # of the header, which is JSON
+        facts = json.loads(content[8 : 8 + length])["__metadata__"]["facts"]
+        tensors = sorted(safetensors.torch.load(content).items())  # which come in any order
+        return cls(dict(tensors), json.loads(facts))
+
 
 def train_round(
     plan: TrainingPlan,
@@ -62,6 +77,26 @@ def train_round(
     done. ``on_step`` is called with the number of finished steps.
     """
     authorise(plan, policy)
+    if not plan.privacy.enabled:
+        return _train(plan, received, policy, None, on_step)
+    try:
+        with Ledger.of(policy) as ledger, ledger.turn():
+            reply = ledger.reply(_task(plan, received))
+            if reply is not None:
+                return Outgoing.from_bytes(reply)
+            return _train(plan, received, policy, ledger, on_step)
+    except LedgerError as problem:
+        raise Refusal(Reason.INTERNAL, str(problem)) from None
+
+
+def _train(
+    plan: TrainingPlan,
+    received: Adapter,
+    policy: SitePolicy,
+    ledger: Ledger | None,
+    on_step: Callable[[int], None] | None,
+) -> Outgoing:
+    """The round itself; ``ledger`` None trains without privacy."""
     bench = _workbench(policy.model, plan.spec, plan.adapter.train)
     model = bench.model
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -76,7 +111,7 @@ def train_round(
 
     facts: dict[str, Fact] = {"site": policy.site, "steps": plan.local_steps}
     facts |= {"patients": len(units), "notes": sum(map(len, units.values()))}
-    if not plan.privacy.enabled:
+    if ledger is None:
         _steps(
             model,
             plan,
@@ -88,22 +123,21 @@ def train_round(
         )
         return _through_gate(model, received, plan, policy, facts)
 
-    with _open_ledger(policy) as ledger:
-        reservation = _reserve(ledger, plan)
-        try:
-            sigma = reservation.steps.noise_multiplier
-            _steps(model, plan, units, tokens, sigma, SecureRandomness(), on_step)
-            facts |= {"noise_multiplier": sigma, "unit": plan.privacy.unit}
-            facts |= {"epsilon_spent": ledger.spent(), "delta": ledger.delta}
-            outgoing = _through_gate(model, received, plan, policy, facts)
-        except Refusal as refusal:
-            ledger.burn(reservation, refusal.reason.name)
-            raise
-        except Exception as problem:
-            ledger.burn(reservation, Reason.TRAINING_FAILED.name)
-            raise Refusal(Reason.TRAINING_FAILED, failure_site(problem)) from None
-        ledger.commit(reservation, lora.read(model, plan.spec).fingerprint())
-        return outgoing
+    reservation = _reserve(ledger, plan, received)
+    try:
+        sigma = reservation.mechanisms[0].noise_multiplier
+        _steps(model, plan, units, tokens, sigma, SecureRandomness(), on_step)
+        facts |= {"noise_multiplier": sigma, "unit": plan.privacy.unit}
+        facts |= {"epsilon_spent": ledger.spent(), "delta": ledger.delta}
+        reply = _through_gate(model, received, plan, policy, facts).to_bytes()
+    except Refusal as refusal:
+        ledger.burn(reservation, refusal.reason.name)
+        raise
+    except Exception as problem:
+        ledger.burn(reservation, Reason.TRAINING_FAILED.name)
+        raise Refusal(Reason.TRAINING_FAILED, failure_site(problem)) from None
+    ledger.commit(reservation, reply, result=lora.read(model, plan.spec).fingerprint())
+    return Outgoing.from_bytes(reply)
 
 
 def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
@@ -151,7 +185,7 @@ def _steps(
             on_step(step + 1)
 
 
-def _reserve(ledger: Ledger, plan: TrainingPlan) -> Reservation:
+def _reserve(ledger: Ledger, plan: TrainingPlan, received: Adapter) -> Reservation:
     """Noise for all steps still planned, then the charge for this round's steps, on disk."""
     privacy = plan.privacy
     try:
@@ -162,19 +196,29 @@ def _reserve(ledger: Ledger, plan: TrainingPlan) -> Reservation:
                 (ledger.history(), ledger.budget, ledger.delta),
             )
         )
-        steps = GaussianSteps(privacy.sampling_rate, sigma, plan.local_steps)
         return ledger.reserve(
-            steps,
+            (GaussianSteps(privacy.sampling_rate, sigma, plan.local_steps),),
+            task=_task(plan, received),
             run=plan.run,
             round=plan.round,
+            steps_planned=plan.steps_left,
+            plan=hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
+            base_model=plan.base_model,
             unit=privacy.unit,
             clip_norm=privacy.clip_norm,
             denominator=privacy.denominator,
             max_notes_per_unit=privacy.max_notes_per_unit,
-            base_model=plan.base_model,
+            randomness="ChaCha20, keyed by the operating system",
         )
     except BudgetExhausted as problem:
         raise Refusal(Reason.BUDGET_EXHAUSTED, str(problem)) from None
+
+
+def _task(plan: TrainingPlan, received: Adapter) -> str:
+    """SHA-256 of all that a message asks for: what a coordinator sends again is the same task."""
+    return hashlib.sha256(
+        f"{plan.model_dump_json()}\n{received.fingerprint()}".encode()
+    ).hexdigest()
 
 
 def _through_gate(
@@ -187,14 +231,6 @@ def _through_gate(
     trained = lora.read(model, plan.spec)
     tensors = outgoing_tensors(trained, received, plan)
     return Outgoing(tensors, outgoing_facts(facts, policy))
-
-
-def _open_ledger(policy: SitePolicy) -> Ledger:
-    limits = policy.privacy
-    try:
-        return Ledger(policy.ledger, policy.lineage, limits.epsilon, limits.delta)
-    except LedgerError as problem:
-        raise Refusal(Reason.INTERNAL, str(problem)) from None
 
 
 def _optimizer(

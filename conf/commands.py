@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conf.deployment import ClientSettings, ServerSettings
-from conf.schema import AlignmentSettings, ModelSettings, NotesSettings, Settings, TrainingSettings
+from conf.schema import (
+    AlignmentSettings,
+    ModelSettings,
+    NotesSettings,
+    Positive,
+    Settings,
+    TrainingSettings,
+)
 
 
 class ServerCommand(TrainingSettings):
@@ -44,3 +51,36 @@ class EvaluateCommand(Settings):
     max_tokens: Annotated[int, Field(ge=8, le=8192)]
     model: ModelSettings
     notes: NotesSettings
+
+
+class LedgerPlan(Settings):
+    """A plan to be priced by ``wardround ledger plan``."""
+
+    rounds: Annotated[int, Field(ge=1, le=1000)]
+    local_steps: Annotated[int, Field(ge=1, le=10_000)]
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    noise_multiplier: Positive | None
+    epsilon: Positive | None
+
+    @model_validator(mode="after")
+    def _noise_or_epsilon(self) -> LedgerPlan:
+        if self.noise_multiplier and self.epsilon:
+            raise ValueError("plan.noise_multiplier and plan.epsilon: give one, not both")
+        return self
+
+
+class LedgerCommand(Settings):
+    """``wardround ledger``."""
+
+    site: Path
+    figure: Path | None
+    out: Path | None
+    file: Path | None
+    public_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    plan: LedgerPlan
+
+    @model_validator(mode="after")
+    def _figure_has_a_known_format(self) -> LedgerCommand:
+        if self.figure and self.figure.suffix not in (".svg", ".png", ".pdf"):
+            raise ValueError(f"figure={self.figure}: must end in .svg, .png or .pdf")
+        return self

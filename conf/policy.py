@@ -42,6 +42,8 @@ class SitePolicy(Settings):
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
     lineage: Annotated[str, Field(min_length=1)]  # names the data set the budget belongs to
     ledger: Path
+    site_key: Path | None = None  # the site's secret; None: beside the ledger, as NAME.key
+    anchor: Path | None = None  # on another disk: shows a ledger that was rolled back
     notes: NotesSettings
     model: ModelSettings
     privacy: PrivacyLimits

@@ -50,11 +50,11 @@ def _with_own_ledger(policy: SitePolicy, folder: RunFolder) -> SitePolicy:
     own = folder.path / "ledger" / "alone" / policy.ledger.name
     for file in own.parent.glob(own.name + "*"):  # an interrupted attempt, with its journal
         file.unlink()
-    limits = policy.privacy
-    if limits.required:
-        with Ledger(policy.ledger, policy.lineage, limits.epsilon, limits.delta) as real:
+    alone = policy.model_copy(update={"ledger": own})
+    if policy.privacy.required:
+        with Ledger.of(policy) as real:
             first = real.history(folder.name, round=1)
-        with Ledger(own, policy.lineage, limits.epsilon, limits.delta) as ledger:
-            for steps in first:
-                ledger.commit(ledger.reserve(steps, run=folder.name, round=1), "as federated")
-    return policy.model_copy(update={"ledger": own})
+        with Ledger.of(alone) as ledger:
+            charge = ledger.reserve(first, task="as federated", run=folder.name, round=1)
+            ledger.commit(charge, b"")
+    return alone

@@ -147,10 +147,7 @@ def _holdings(settings: RunSettings, site: Site, name: str) -> dict[str, Any]:
     own = {u: n for u, n in units.items() if (n[0].hospital or site.name) == name}
     epsilon = None
     if privacy.enabled:
-        limits = site.policy.privacy
-        with Ledger(
-            site.policy.ledger, site.policy.lineage, limits.epsilon, limits.delta
-        ) as ledger:
+        with Ledger.of(site.policy) as ledger:
             epsilon = ledger.spent()
     return {
         "patients": len(own) if has_patients else None,

@@ -19,7 +19,7 @@ import wardround
 from conf.load import groups
 from server.run_folder import RunFolder
 
-ALL = ["simulate", "server", "client", "align", "evaluate"]
+ALL = ["simulate", "server", "client", "align", "evaluate", "ledger"]
 
 
 def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
@@ -74,13 +74,20 @@ def test_each_help_shows_how_to_call_it(command: str, capsys: pytest.CaptureFixt
 
 def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
     """Every example composes; what stands for a file of the person's own is replaced by one."""
-    from conf.commands import AlignCommand, ClientCommand, EvaluateCommand, ServerCommand
+    from conf.commands import (
+        AlignCommand,
+        ClientCommand,
+        EvaluateCommand,
+        LedgerCommand,
+        ServerCommand,
+    )
     from conf.load import load, sweep
     from conf.schema import RunSettings
 
     kinds = {
         "simulate": RunSettings, "server": ServerCommand, "client": ClientCommand,
         "align": AlignCommand, "evaluate": EvaluateCommand,
+        "ledger": LedgerCommand,
     }  # fmt: skip
     checked = 0
     for name, command in wardround.COMMANDS.items():
@@ -140,6 +147,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["align", "adapter=a"], "out must be given; see wardround align --help"),
         (["align", "adapter=nowhere", "out=o", "alignment.path=p"], "adapter=nowhere: not a LoRA"),
         (["align", "adapter=a", "out=o", "alignment=synthetic"], "alignment.path must name a fold"),
+        (["ledger"], "say what to do: wardround ledger show | verify | plan | export | check"),
+        (["ledger", "site=site.yaml"], "say what to do: wardround ledger show | verify | "),
+        (["ledger", "plan", "plan.epsilon=1", "plan.noise_multiplier=1"], "plan.noise_multiplier "),
+        (["ledger", "check"], "file must be given: the statement to check"),
+        (["ledger", "check", "file=nowhere"], "file=nowhere: not a readable statement"),
+        (["ledger", "export"], "out must be given: the file for the statement"),
+        (["ledger", "show", "figure=a.gif"], "figure=a.gif: must end in .svg, .png or .pdf"),
         (["evaluate"], "adapter must be given; see wardround evaluate --help"),
         (["evaluate", "adapter=nowhere", "notes.path=p"], "adapter=nowhere: not a LoRA folder"),
     ],

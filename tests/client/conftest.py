@@ -106,8 +106,7 @@ class Hospital:
         return app(message, Context(1, 7, {}, RecordDict(), {}))
 
     def ledger(self) -> Ledger:
-        limits = self.policy.privacy
-        return Ledger(self.policy.ledger, self.policy.lineage, limits.epsilon, limits.delta)
+        return Ledger.of(self.policy)
 
     def states(self) -> list[str]:
         """States of the ledger's entries, in order; none where there is no ledger."""

@@ -224,7 +224,7 @@ def test_a_spent_lineage_refuses_another_run_and_another_coordinator(
     budget = epsilon((charge,), 1e-5) + 1e-6
     east = hospital(privacy={"epsilon": budget, "delta": 1e-5})
     with east.ledger() as ledger:
-        ledger.reserve(charge, run="someone else's")
+        ledger.reserve((charge,), task="another", run="someone else's")
     reply = east.ask(plan(run="another", privacy={"epsilon": budget / 2}), starting_point[0])
     assert refused(reply) is Reason.BUDGET_EXHAUSTED
     assert east.states() == ["RESERVED"]
@@ -266,7 +266,7 @@ def test_what_is_wrong_at_the_site_itself_is_called_internal(
 
     east = hospital()
     with east.ledger() as ledger:
-        ledger.reserve(GaussianSteps(1.0, 5.0, 1))
+        ledger.reserve((GaussianSteps(1.0, 5.0, 1),), task="t")
     with sqlite3.connect(east.policy.ledger) as db:
         db.execute("DROP TRIGGER no_update")
         db.execute("UPDATE entry SET body = replace(body, '5.0', '9.0')")

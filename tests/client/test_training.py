@@ -34,7 +34,7 @@ OFF = {"enabled": False, "clip_norm": 5.0, "sampling_rate": 0.5}
 
 
 def ledger_of(policy: SitePolicy) -> Ledger:
-    return Ledger(policy.ledger, policy.lineage, policy.privacy.epsilon, policy.privacy.delta)
+    return Ledger.of(policy)
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:

@@ -68,7 +68,7 @@ def test_a_run_that_was_interrupted_goes_on_and_repeats_nothing(
     assert finished.asked == []
 
 
-def test_a_round_that_is_interrupted_after_training_is_charged_twice_and_stays_in_budget(
+def test_an_answer_that_was_lost_on_the_way_is_sent_again_and_charged_once(
     local_grid: Grids,
     honest: dict[int, Answer],
     settings: Settings,
@@ -77,15 +77,23 @@ def test_a_round_that_is_interrupted_after_training_is_charged_twice_and_stays_i
 ) -> None:
     private = settings(privacy=PRIVATE)
 
+    answers: list[Message] = []
+
     def lost(message: Message) -> Message | None:
-        honest[13](message)
+        answers.append(honest[13](message))
         raise KeyboardInterrupt
+
+    def watched(message: Message) -> Message | None:
+        answers.append(honest[13](message))
+        return answers[-1]
 
     with pytest.raises(KeyboardInterrupt):
         go(local_grid(honest | {13: lost}), private, folder)
-    go(local_grid(honest), private, folder)
+    go(local_grid(honest | {13: watched}), private, folder)
+    first, again, last = (answer.content for answer in answers)
+    assert first == again != last
     with Ledger(tmp_path / "west.sqlite", "invented", 8.0, 1e-5) as ledger:
-        assert [e.body["round"] for e in ledger.entries() if e.state == "RESERVED"] == [1, 1, 2]
+        assert [e.body["round"] for e in ledger.entries() if e.state == "RESERVED"] == [1, 2]
         assert ledger.spent() <= 8.0
 
 

@@ -1,0 +1,205 @@
+"""``wardround ledger show | verify | plan | export | check``: a site's spending, for people.
+
+Nothing here spends. ``show`` also reads a ledger that does not verify, and says so: what was spent
+must stay visible even when nothing more may be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from client.ledger_figure import draw
+from client.privacy import durable, statement
+from client.privacy.accountant import (
+    BudgetExhausted,
+    GaussianSteps,
+    History,
+    calibrate,
+    epsilon,
+    epsilon_rdp,
+    steps_within,
+)
+from client.privacy.chain import Entry
+from client.privacy.ledger import Ledger, LedgerError, charged, reservations
+from client.privacy.ledger_file import LedgerFile
+from client.site import read_policy
+from conf.commands import LedgerCommand, LedgerPlan
+from conf.load import ConfigError
+from conf.policy import SitePolicy
+
+
+def run(action: str, command: LedgerCommand, console: Console) -> None:
+    """Do one of ``ACTIONS``; of ``command``, each reads what it needs.
+
+    Raises ConfigError for a mistake in the options, SiteError for one in the site policy, and
+    LedgerError when the ledger or the statement does not verify.
+    """
+    ACTIONS[action](command, console)
+
+
+def _show(command: LedgerCommand, console: Console) -> None:
+    policy = _policy(command)
+    limits, problem = policy.privacy, None
+    try:
+        with Ledger.of(policy) as ledger:
+            entries = ledger.entries()
+    except LedgerError as error:
+        problem = str(error)
+        entries = LedgerFile(policy.ledger).entries(None)  # as far as it can be read at all
+    console.print(_table(entries))
+    console.print(_totals(entries, policy))
+    if command.figure:
+        draw(command.figure, entries, policy.lineage, limits.epsilon, limits.delta)
+        console.print(f"figure: [bold]{escape(str(command.figure))}[/bold]", soft_wrap=True)
+    if problem:
+        raise LedgerError(f"shown as it was found, but it does not verify: {problem}")
+
+
+def _verify(command: LedgerCommand, console: Console) -> None:
+    policy = _policy(command)
+    with Ledger.of(policy) as ledger:
+        number = ledger.verify()
+    anchored = (
+        "and anchor agree" if policy.anchor else "hold (no anchor: a rollback would not show)"
+    )
+    console.print(f"{number} entries: chain, MACs {anchored}", soft_wrap=True)
+
+
+def _plan(command: LedgerCommand, console: Console) -> None:
+    policy = read_policy(command.site)
+    wanted, limits = command.plan, policy.privacy
+    history: History = ()
+    if policy.ledger.exists() or (policy.anchor and policy.anchor.exists()):
+        with Ledger.of(policy) as ledger:
+            history = ledger.history()
+    steps, spent = wanted.rounds * wanted.local_steps, epsilon(history, limits.delta)
+    what = f"{wanted.rounds} x {wanted.local_steps} steps at q={wanted.sampling_rate:g}"
+    console.print(f"spent so far: epsilon {spent:.3f} of {limits.epsilon:g}")
+    try:
+        sigma = _noise(wanted, steps, history, policy)
+    except BudgetExhausted as problem:
+        raise LedgerError(f"the plan does not fit: {problem}") from None
+    planned = (*history, GaussianSteps(wanted.sampling_rate, sigma, steps))
+    after = epsilon(planned, limits.delta)
+    if not after <= limits.epsilon:
+        fit = steps_within(
+            history, wanted.sampling_rate, sigma, limits.epsilon, limits.delta
+        )  # fmt: skip
+        raise LedgerError(
+            f"the plan does not fit: {what} with noise {sigma:g} would lead to epsilon "
+            f"{after:.3f}; {fit} of its {steps} steps fit"
+        )
+    console.print(
+        f"{what}, noise {sigma:g}: epsilon {after:.3f} after it "
+        f"(by RDP {epsilon_rdp(planned, limits.delta):.3f}), {limits.epsilon - after:.3f} left",
+        soft_wrap=True,
+    )
+
+
+def _noise(wanted: LedgerPlan, steps: int, history: History, policy: SitePolicy) -> float:
+    """Noise multiplier of the plan: as asked, or as a round would calibrate it."""
+    if wanted.noise_multiplier:
+        return wanted.noise_multiplier
+    limits = policy.privacy
+    sigma = calibrate(history, wanted.sampling_rate, steps, limits.epsilon, limits.delta)
+    if wanted.epsilon:
+        own = calibrate((), wanted.sampling_rate, steps, wanted.epsilon, limits.delta)
+        sigma = max(sigma, own)
+    return sigma
+
+
+def _export(command: LedgerCommand, console: Console) -> None:
+    if command.out is None:
+        raise ConfigError("out must be given: the file for the statement")
+    policy = _policy(command)
+    with Ledger.of(policy) as ledger:
+        signed = statement.make(ledger, policy.site)
+    durable.replace(command.out, json.dumps(signed, indent=2).encode() + b"\n")
+    command.out.chmod(0o644)  # it is for others to read
+    console.print(
+        f"statement: [bold]{escape(str(command.out))}[/bold]\npublic key, to hand over by another "
+        f"way: {signed['public_key']}",
+        soft_wrap=True,
+    )
+
+
+def _check(command: LedgerCommand, console: Console) -> None:
+    if command.file is None:
+        raise ConfigError("file must be given: the statement to check")
+    try:
+        text = command.file.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"file={command.file}: not a readable statement") from None
+    found = statement.check(text)
+    if command.public_key not in (None, found.public_key):
+        raise LedgerError(f"signed with another key: {found.public_key}")
+    said: dict[str, Any] = found.statement
+    console.print(
+        f"The signature holds. {said['site']}, {said['lineage']}, on {said['made']}: epsilon "
+        f"{said['epsilon']:.3f} at delta {said['delta']:g} ({said['adjacency']}), computed again "
+        f"{found.epsilon:.3f}; allowed {said['epsilon_allowed']:g}.",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if command.public_key is None:
+        console.print(f"Is this the hospital's public key? {found.public_key}", soft_wrap=True)
+
+
+def _policy(command: LedgerCommand) -> SitePolicy:
+    """The site policy, once there is a ledger to look into."""
+    policy = read_policy(command.site)
+    if not policy.ledger.exists() and not (policy.anchor and policy.anchor.exists()):
+        raise LedgerError(f"{policy.ledger}: no ledger yet; the first private round makes it")
+    return policy
+
+
+def _table(entries: list[Entry]) -> Table:
+    table = Table("", "when (UTC)", "lineage", "run", "round", "state", title="reservations")
+    table.add_column("q, noise, steps")
+    table.add_column("epsilon after", justify="right")
+    ends = statement.closing(entries)
+    for entry in (e for e in entries if e.state == "RESERVED"):
+        body, end = entry.body, ends.get(entry.seq)
+        mechanisms = (
+            f"{m['sampling_rate']:g}, {m['noise_multiplier']:g}, {m['steps']}"
+            for m in body["mechanisms"]
+        )
+        table.add_row(
+            str(entry.seq),
+            body["at"][:16].replace("T", " "),
+            escape(body["lineage"]),
+            escape(str(body.get("run", ""))),
+            str(body.get("round", "")),
+            (end or entry).state,
+            "\n".join(mechanisms),
+            f"{body['epsilon_after']:.3f}",
+        )
+    return table
+
+
+def _totals(entries: list[Entry], policy: SitePolicy) -> Table:
+    delta = policy.privacy.delta
+    table = Table("lineage", "reservations", "allowed", title=f"epsilon at delta {delta:g}")
+    table.add_column("spent (PLD)", justify="right")
+    table.add_column("spent (RDP)", justify="right")
+    lineages = {e.body["lineage"]: None for e in entries if e.state == "RESERVED"}
+    for lineage in lineages:
+        history = charged(entries, lineage)
+        table.add_row(
+            escape(lineage),
+            str(len(reservations(entries, lineage))),
+            f"{policy.privacy.epsilon:g}" if lineage == policy.lineage else "",
+            f"{epsilon(history, delta):.3f}",
+            f"{epsilon_rdp(history, delta):.3f}",
+        )
+    return table
+
+
+ACTIONS: dict[str, Callable[[LedgerCommand, Console], None]] = {
+    "show": _show, "verify": _verify, "plan": _plan, "export": _export, "check": _check,
+}  # fmt: skip

@@ -1,0 +1,227 @@
+"""``wardround ledger``: what a person sees, and what a board can check without the site."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import wardround
+from client.privacy.accountant import GaussianSteps, calibrate, epsilon
+from client.privacy.ledger import Ledger
+from conf.policy import SitePolicy
+
+CHARGE = GaussianSteps(1.0, 6.0, 2)
+
+
+class Person:
+    """Types commands and reads what comes back."""
+
+    def __init__(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.site, self._capsys = site, capsys
+
+    def types(self, action: str, *options: str, code: int = 0) -> str:
+        assert wardround.main(["ledger", action, f"site={self.site}", *options]) == code
+        captured = self._capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+
+@pytest.fixture
+def site(policy: Callable[..., SitePolicy], tmp_path: Path) -> SitePolicy:
+    """A hospital that has been answered once, failed once and was interrupted once."""
+    own = policy(anchor=tmp_path / "elsewhere" / "anchor")
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json")))
+    return own
+
+
+@pytest.fixture
+def spent(site: SitePolicy) -> SitePolicy:
+    with Ledger.of(site) as ledger:
+        charges = [
+            ledger.reserve((CHARGE,), task=str(n), run="first", round=n, unit="patient")
+            for n in (1, 2, 3)
+        ]
+        ledger.commit(charges[0], b"reply", result="hash")
+        ledger.burn(charges[1], "TRAINING_FAILED")
+    return site
+
+
+@pytest.fixture
+def person(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> Person:
+    monkeypatch.setenv("COLUMNS", "200")
+    return Person(tmp_path / "site.yaml", capsys)
+
+
+def tamper(site: SitePolicy) -> None:
+    with sqlite3.connect(site.ledger) as db:
+        db.execute("DROP TRIGGER no_update")
+        db.execute("UPDATE entry SET mac = 'none' WHERE seq = 1")
+
+
+def test_show_lists_every_charge_and_the_totals(spent: SitePolicy, person: Person) -> None:
+    text = person.types("show")
+    rows = [
+        re.split(r" *│ *", line)[1:-1] for line in text.splitlines() if line.startswith("│ ")
+    ]  # fmt: skip
+    charges, (total,) = rows[:3], rows[3:]
+    assert [row[5] for row in charges] == ["COMMITTED", "BURNED", "RESERVED"]
+    assert {(row[2], row[3], row[6]) for row in charges} == {("invented", "first", "1, 6, 2")}
+    after = [epsilon((CHARGE,) * n, 1e-5) for n in (1, 2, 3)]
+    assert [row[7] for row in charges] == [f"{e:.3f}" for e in after]
+    assert total[:4] == ["invented", "3", "8", f"{after[-1]:.3f}"]
+    assert after[-1] < float(total[4]) < after[-1] * 1.4  # RDP is looser
+
+
+def test_show_draws_a_picture(spent: SitePolicy, person: Person, tmp_path: Path) -> None:
+    for name, magic in (("spent.png", b"\x89PNG"), ("spent.svg", b"<?xml")):
+        assert str(tmp_path / name) in person.types("show", f"figure={tmp_path / name}")
+        assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+def test_show_and_verify_of_a_ledger_that_does_not_verify(
+    spent: SitePolicy, person: Person
+) -> None:
+    assert person.types("verify") == "5 entries: chain, MACs and anchor agree\n"
+    tamper(spent)
+    problem = "entry 1 was not written with this site key"
+    assert person.types("verify", code=1).startswith(f"wardround: {problem}")
+    text = person.types("show", code=1)  # what was spent stays visible
+    assert text.count("first") == 3
+    assert f"shown as it was found, but it does not verify: {problem}" in text
+
+
+def test_show_of_a_ledger_without_its_key(spent: SitePolicy, person: Person) -> None:
+    spent.ledger.with_name(spent.ledger.name + ".key").unlink()
+    text = person.types("show", code=1)
+    assert text.count("first") == 3
+    assert "the site key of this ledger is missing: put it back from your backup" in text
+
+
+@pytest.mark.parametrize("action", ["show", "verify", "export"])
+def test_looking_at_a_ledger_that_is_not_there_does_not_make_one(
+    action: str, site: SitePolicy, person: Person, tmp_path: Path
+) -> None:
+    text = person.types(action, f"out={tmp_path / 'out'}", code=1)
+    assert "no ledger yet; the first private round makes it" in text
+    assert "spent so far: epsilon 0.000 of 8" in person.types("plan", "plan.sampling_rate=1")
+    assert not list(tmp_path.glob("*.sqlite*"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- plan --------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_priced_on_top_of_what_was_spent(spent: SitePolicy, person: Person) -> None:
+    size = ("plan.rounds=3", "plan.local_steps=2", "plan.sampling_rate=1")
+    history = (CHARGE,) * 3
+
+    text = person.types("plan", *size, "plan.noise_multiplier=9")
+    after = epsilon((*history, GaussianSteps(1.0, 9.0, 6)), 1e-5)
+    assert f"noise 9: epsilon {after:.3f} after it" in text
+
+    text = person.types("plan", *size)
+    sigma = calibrate(history, 1.0, 6, 8.0, 1e-5)
+    assert f"noise {sigma:g}: epsilon " in text
+
+    text = person.types("plan", *size, "plan.epsilon=1")
+    assert f"noise {calibrate((), 1.0, 6, 1.0, 1e-5):g}: epsilon " in text
+
+
+def test_what_does_not_fit_is_told_with_what_would(spent: SitePolicy, person: Person) -> None:
+    options = ("plan.rounds=30", "plan.sampling_rate=1", "plan.noise_multiplier=6")
+    text = person.types("plan", *options, code=1)
+    found = re.search(r"(\d+) of its 300 steps fit", text)
+    assert found
+    fit = int(found[1])
+    history = (CHARGE,) * 3
+    assert epsilon((*history, GaussianSteps(1.0, 6.0, fit)), 1e-5) <= 8
+    assert epsilon((*history, GaussianSteps(1.0, 6.0, fit + 1)), 1e-5) > 8
+    with Ledger.of(spent) as ledger:
+        assert ledger.history() == history  # asking is free
+
+
+# --- the statement -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(spent: SitePolicy, person: Person, tmp_path: Path) -> Path:
+    person.types("export", f"out={tmp_path / 'statement.json'}")
+    return tmp_path / "statement.json"
+
+
+def test_a_statement_is_checked_without_the_site(exported: Path, tmp_path: Path) -> None:
+    board = tmp_path / "board"
+    board.mkdir()
+    exported.rename(board / "statement.json")
+    for file in (*tmp_path.glob("ledger*"), tmp_path / "site.yaml"):
+        file.unlink()
+    key = json.loads((board / "statement.json").read_text())["public_key"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "wardround", "ledger", "check", "file=statement.json",
+         f"public_key={key}"],
+        cwd=board, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    after = epsilon((CHARGE,) * 3, 1e-5)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert ended.stderr.startswith("The signature holds. east, invented, on 2")
+    assert f"epsilon {after:.3f} at delta 1e-05 (one unit added or removed)" in ended.stderr
+
+
+def test_a_statement_has_all_that_an_accountant_needs_and_no_path(
+    exported: Path, tmp_path: Path
+) -> None:
+    text = exported.read_text()
+    said = json.loads(text)["statement"]
+    charges = [GaussianSteps(**m) for r in said["reservations"] for m in r["mechanisms"]]
+    assert epsilon(tuple(charges), said["delta"]) == said["epsilon"]
+    assert said["epsilon_rdp"] > said["epsilon"]
+    assert [r["state"] for r in said["reservations"]] == ["COMMITTED", "BURNED", "RESERVED"]
+    assert {r["unit"] for r in said["reservations"]} == {"patient"}
+    assert str(tmp_path) not in text
+    assert '"task"' not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda s: s["statement"].update(epsilon=0.1), "the signature does not hold"),
+        (lambda s: s["statement"]["reservations"].pop(), "the signature does not hold"),
+        (lambda s: s.update(signature="00" * 64), "the signature does not hold"),
+        (lambda s: s.update(public_key="11" * 32), "the signature does not hold"),
+        (lambda s: s.pop("signature"), "not a statement"),
+        (lambda s: s["statement"].update(format="another"), "not a statement"),
+    ],
+)
+def test_a_statement_that_was_changed_does_not_pass(
+    exported: Path, person: Person, change: Callable[[dict[str, Any]], object], line: str
+) -> None:
+    content = json.loads(exported.read_text())
+    change(content)
+    exported.write_text(json.dumps(content))
+    assert person.types("check", f"file={exported}", code=1).startswith(f"wardround: {line}")
+
+
+def test_a_statement_of_another_hospitals_key_does_not_pass(exported: Path, person: Person) -> None:
+    text = person.types("check", f"file={exported}", f"public_key={'0' * 64}", code=1)
+    assert text.startswith("wardround: signed with another key: ")
+
+
+def test_a_site_that_signs_less_than_it_spent_is_found_out(
+    spent: SitePolicy, person: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client.privacy import statement
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statement, "epsilon", lambda history, delta: 0.5)
+        person.types("export", f"out={tmp_path / 'low.json'}")
+    text = person.types("check", f"file={tmp_path / 'low.json'}", code=1)
+    assert "it says epsilon 0.500, but its mechanisms cost " in text
