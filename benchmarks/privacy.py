@@ -38,7 +38,7 @@ from adapters.adapter import AdapterSpec
 from adapters.base_model import BaseModel, load_base
 from adapters.likelihood import pad_right
 from benchmarks.measure import interleaved
-from benchmarks.overhead import share_of_ledger_and_gate
+from benchmarks.overhead import shares_of_a_round
 from client.notes.load import load_notes
 from client.privacy.engine import clipped_sum, noised_mean
 from client.privacy.microbatch import Unit
@@ -82,7 +82,8 @@ def main() -> None:
             results |= _step(base, rows, name, 2 if options.quick else 7, progress)
         results |= _epoch(base, rows, 1 if options.quick else 3, progress)
         task = progress.add_task("ledger and gate", total=1)
-        results["overhead.ledger_gate"] = share_of_ledger_and_gate(options.notes)
+        for kind, share in shares_of_a_round(options.notes).items():
+            results[f"overhead.{kind}"] = share
         progress.advance(task)
     console.print(_table(results))
     if options.json:
