@@ -10,12 +10,21 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from conf.schema import Settings
 
 Transport = Literal["tls", "insecure"]
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+
+
+def _address(text: str) -> str:
+    if not _ADDRESS.fullmatch(text):
+        raise ValueError("must be HOST:PORT")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_address)]  # an IPv6 address in brackets
 
 
 class ServerSettings(Settings):
@@ -32,16 +41,10 @@ class ServerSettings(Settings):
 class ClientSettings(Settings):
     """The hospital's machine."""
 
-    server: str  # HOST:PORT of the coordinator; an IPv6 address in brackets
+    server: Address  # of the coordinator
     transport: Transport
     certificate: Path | None  # the coordinator's ca.pem, handed over in person or by post
     state: Path  # node key, logs and Flower's files; private to the hospital
-
-    @model_validator(mode="after")
-    def _server_is_an_address(self) -> ClientSettings:
-        if not _ADDRESS.fullmatch(self.server):
-            raise ValueError(f"client.server={self.server}: must be HOST:PORT")
-        return self
 
     @model_validator(mode="after")
     def _certificate_with_tls(self) -> ClientSettings:
