@@ -62,39 +62,46 @@ class AuditLog:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
             with os.fdopen(os.open(self.path, flags, 0o600), "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # released with the file
-                head, seq = self._last(file)
+                size = file.seek(0, os.SEEK_END)
+                head, seq = self._last(file, size)
                 at = datetime.now(UTC).isoformat(timespec="milliseconds")
                 body = {"seq": seq + 1, "at": at, **vars(line), "previous": head}
                 entry = {**body, "hash": _hash(body)}
-                text = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
-                if file.write(text) != len(text):
-                    raise OSError("short write")
-                os.fsync(file.fileno())
+                text = json.dumps(entry).encode() + b"\n"
+                try:
+                    if file.write(text) != len(text):
+                        raise OSError("the line was cut short")
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)  # the message will not leave, and half a line is none
+                    raise
             if new:
                 _sync_folder(self.path.parent)
         except OSError as problem:
             raise AuditLogError(
-                f"{self.path}: cannot be written ({problem.strerror or 'incomplete'}); make room "
-                "and check its permissions"
+                f"{self.path}: cannot be written ({problem.strerror or problem}); make room "
+                "on its disk, or check its permissions"
             ) from None
         return str(entry["hash"])
 
-    def _last(self, file: BinaryIO) -> tuple[str, int]:
+    def _last(self, file: BinaryIO, size: int) -> tuple[str, int]:
         """Hash and number of the last line."""
-        size = file.seek(0, os.SEEK_END)
         if size == 0:
             return GENESIS, 0
         file.seek(max(0, size - _LONGEST))
         tail = file.read()
+        if not tail.endswith(b"\n"):
+            raise AuditLogError(
+                f"{self.path}: ends in half a line (a power failure?); no message left under it, "
+                "so remove that half line"
+            )
         try:
-            if not tail.endswith(b"\n"):
-                raise ValueError
             entry = _checked(tail.splitlines()[-1])
             return str(entry["hash"]), int(entry["seq"])
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             raise AuditLogError(
-                f"{self.path}: its last line is not whole; keep the file under another name and a "
-                "new one will be begun"
+                f"{self.path}: its last line was changed; keep the file under another name as "
+                "evidence, and a new one will be begun"
             ) from None
 
 
@@ -109,7 +116,7 @@ def verify(path: Path, heads: Iterable[str] = ()) -> int:
         try:
             entry = _checked(text)
             sound = entry["seq"] == number and entry["previous"] == previous
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             sound = False
         if not sound:
             raise AuditLogError(f"{path}: the hash chain breaks at line {number}")
@@ -134,11 +141,16 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise AuditLogError(f"{path}: cannot be read ({problem.strerror})") from None
 
 
-def _checked(text: bytes) -> Mapping[str, Any]:
-    """The line, when its hash is its own; raises ValueError or KeyError otherwise."""
-    entry: dict[str, Any] = json.loads(text)
+def _checked(text: bytes) -> dict[str, Any]:
+    """The line, when it is written as ``append`` writes and its hash is its own, else ValueError.
+
+    The bytes must be the ones written: two ways to write a line would be a change nobody sees.
+    """
+    entry = json.loads(text)
+    if not isinstance(entry, dict) or json.dumps(entry).encode() != text.removesuffix(b"\n"):
+        raise ValueError("not a line of this log")
     body = {key: value for key, value in entry.items() if key != "hash"}
-    if entry["hash"] != _hash(body):
+    if entry.get("hash") != _hash(body):
         raise ValueError("the hash is not the line's")
     return entry
 

@@ -72,5 +72,5 @@ def test_several_windows_add_up() -> None:
      "07:00-19:00\n"],
 )  # fmt: skip
 def test_what_is_no_window_is_said_to_be_none(text: str) -> None:
-    with pytest.raises(ValueError, match="write it as|must begin"):
+    with pytest.raises(ValueError, match=r"write it as|must begin"):
         parse(text)
