@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from conf.schema import Settings
 
@@ -18,13 +18,9 @@ Transport = Literal["tls", "insecure"]
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 
 
-def _address(text: str) -> str:
-    if not _ADDRESS.fullmatch(text):
-        raise ValueError("must be HOST:PORT")
-    return text
-
-
-Address = Annotated[str, AfterValidator(_address)]  # an IPv6 address in brackets
+def is_address(text: str) -> bool:
+    """Whether ``text`` is HOST:PORT."""
+    return _ADDRESS.fullmatch(text) is not None
 
 
 class ServerSettings(Settings):
@@ -41,10 +37,16 @@ class ServerSettings(Settings):
 class ClientSettings(Settings):
     """The hospital's machine."""
 
-    server: Address  # of the coordinator
+    server: str  # HOST:PORT of the coordinator; an IPv6 address in brackets
     transport: Transport
     certificate: Path | None  # the coordinator's ca.pem, handed over in person or by post
     state: Path  # node key, logs and Flower's files; private to the hospital
+
+    @model_validator(mode="after")
+    def _server_is_an_address(self) -> ClientSettings:
+        if not is_address(self.server):
+            raise ValueError(f"client.server={self.server}: must be HOST:PORT")
+        return self
 
     @model_validator(mode="after")
     def _certificate_with_tls(self) -> ClientSettings:

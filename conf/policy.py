@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
-from conf.deployment import Address
+from conf.deployment import is_address
 from conf.quiet_hours import parse
 from conf.schema import (
     ModelSettings,
@@ -28,6 +28,12 @@ Targets = tuple[str, ...]
 
 def _window(text: str) -> str:
     parse(text)
+    return text
+
+
+def _address(text: str) -> str:
+    if not is_address(text):
+        raise ValueError("must be HOST:PORT")
     return text
 
 
@@ -61,7 +67,8 @@ class AdapterLimits(Settings):
 class CoordinatorLimits(Settings):
     """Whom the hospital works for."""
 
-    address: Address | None = None  # HOST:PORT the daemon may connect to; None: as the command says
+    # HOST:PORT that the daemon may connect to; None: the one given to the command
+    address: Annotated[str, AfterValidator(_address)] | None = None
     runs: Annotated[str, Field(min_length=1)] = "*"  # pattern that a run's name must match
 
 
