@@ -43,6 +43,7 @@ from client.privacy.released import COUNT_GRID, LOSS_GRID, Charge, Fact, Release
 from client.privacy.sampling import poisson_sample
 from conf.policy import Share, ShareLimits, SitePolicy
 
+_SUM_GRID = 2.0**-20  # nats
 _LEAST_RATIO = 4.0  # of the loss's noise multiplier to the charged one
 
 Units = Mapping[str, Sequence[Note]]
@@ -96,8 +97,12 @@ def noised(
 
 
 def bounded(losses: Iterable[float], bound: float) -> list[float]:
-    """Each loss clipped to [0, bound]; NaN counts as 0."""
-    return [0.0 if math.isnan(loss) else min(max(loss, 0.0), bound) for loss in losses]
+    """Each loss clipped to [0, bound] and cut to multiples of 2^-20; NaN counts as 0.
+
+    Float64 adds such numbers without rounding, so a unit adds at most ``bound`` in any order.
+    """
+    clipped = (0.0 if math.isnan(loss) else min(max(loss, 0.0), bound) for loss in losses)
+    return [math.floor(loss / _SUM_GRID) * _SUM_GRID for loss in clipped]
 
 
 def unit_losses(model: nn.Module, units: Iterable[Sequence[Sequence[int]]]) -> list[float]:

@@ -105,7 +105,8 @@ def test_one_unit_adds_between_nothing_and_the_bound_whatever_its_loss(
     losses: list[float], one: float, bound: float
 ) -> None:
     before, after = sum(bounded(losses, bound)), sum(bounded([*losses, one], bound))
-    assert 0 <= after - before <= bound * (1 + 1e-12)
+    assert 0 <= after - before <= bound
+    assert sum(bounded([one, *losses[::-1]], bound)) == after
 
 
 def test_the_loss_of_a_unit_is_the_mean_of_its_notes_and_depends_on_no_other(
