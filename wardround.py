@@ -197,7 +197,7 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
 
   wardround ledger show site=site.yaml                   every charge, and totals by data lineage
   wardround ledger show site=site.yaml figure=spent.svg  and epsilon over time, as a picture
-  wardround ledger verify site=site.yaml                 exit code 0 when chain and anchor hold
+  wardround ledger verify site=site.yaml                 exit code 0 when ledger and audit log hold
   wardround ledger plan site=site.yaml plan.rounds=5 plan.local_steps=4 plan.sampling_rate=0.1
                                                          the noise it needs, epsilon after it
   wardround ledger plan site=site.yaml plan.noise_multiplier=0.8

@@ -63,7 +63,12 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
     SiteError, NodeKeyError, DaemonError
         One line says what is wrong, before anything is started.
     """
-    site = read_policy(policy).site
+    own = read_policy(policy)
+    site, allowed = own.site, own.coordinator.address
+    if allowed is not None and settings.server != allowed:
+        raise DaemonError(
+            f"client.server={settings.server}: {policy} allows coordinator.address {allowed} only"
+        )
     state = processes.private_folder(settings.state / site)  # two sites of one machine stay apart
     trust = _trust(settings, state, site, console)
     commands = processes.shadow_commands(state / "commands", "flwr-clientapp", "client.pinned")

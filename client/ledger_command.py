@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.ledger_figure import draw
-from client.privacy import durable, statement
+from client.privacy import audit_log, durable, statement
 from client.privacy.accountant import (
     BudgetExhausted,
     GaussianSteps,
@@ -25,6 +25,7 @@ from client.privacy.accountant import (
     epsilon_rdp,
     steps_within,
 )
+from client.privacy.audit_log import AuditLogError
 from client.privacy.chain import Entry
 from client.privacy.ledger import Ledger, LedgerError, charged, reservations
 from client.privacy.ledger_file import LedgerFile
@@ -64,11 +65,17 @@ def _show(command: LedgerCommand, console: Console) -> None:
 def _verify(command: LedgerCommand, console: Console) -> None:
     policy = _policy(command)
     with Ledger.of(policy) as ledger:
-        number = ledger.verify()
+        entries = ledger.entries()
     anchored = (
         "and anchor agree" if policy.anchor else "hold (no anchor: a rollback would not show)"
     )
-    console.print(f"{number} entries: chain, MACs {anchored}", soft_wrap=True)
+    console.print(f"{len(entries)} entries: chain, MACs {anchored}", soft_wrap=True)
+    heads = [head for e in entries if (head := e.body.get("audit_head"))]
+    try:
+        lines = audit_log.verify(policy.audit_file, heads)
+    except AuditLogError as problem:
+        raise LedgerError(str(problem)) from None
+    console.print(f"{lines} lines of the audit log: chain holds, none known to the ledger missing")
 
 
 def _plan(command: LedgerCommand, console: Console) -> None:

@@ -16,6 +16,8 @@ class Reason(Enum):
     PLAN_INVALID = "the plan could not be read"
     ADAPTER_INVALID = "the adapter sent does not fit the plan"
     MODEL_MISMATCH = "the base model is not the one installed at this site"
+    RUN_NOT_ALLOWED = "this site does not take part in runs of this name"
+    QUIET_HOURS = "this site does not train at this time of day"
     PRIVACY_REQUIRED = "this site trains only under differential privacy"
     UNIT_TOO_WEAK = "the plan's privacy unit is weaker than the site policy's"
     LIMIT_EXCEEDED = "the plan exceeds a limit of the site policy"
@@ -23,6 +25,7 @@ class Reason(Enum):
     NOTES_UNUSABLE = "the notes of this site could not be read"
     TRAINING_FAILED = "training failed; the charge is kept"
     OUTBOUND_REFUSED = "the gate refused the result"
+    AUDIT_FAILED = "the site's audit log cannot be written"
     INTERNAL = "internal error; see the log at the site"
 
 

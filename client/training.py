@@ -10,16 +10,14 @@ gate. A task that was answered before gets the stored reply again.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 
-import safetensors.torch
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from adapters import lora
@@ -32,9 +30,17 @@ from client.notes.split import split_units
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
 from client.privacy.authorise import authorise, require_model, require_unit
 from client.privacy.engine import clipped_sum, noised_mean, trained_parameters
-from client.privacy.gate import Fact, outgoing_facts, outgoing_tensors
+from client.privacy.gate import Gate, Outgoing
 from client.privacy.ledger import Ledger, LedgerError, Reservation
+from client.privacy.metadata import (
+    SharedNumbers,
+    StepNoise,
+    charges,
+    later_charges,
+    step_noise,
+)
 from client.privacy.randomness import SecureRandomness, SeededSampling
+from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
 from client.refusal import Reason, Refusal, failure_site
 from conf.policy import SitePolicy
@@ -45,46 +51,28 @@ log = logging.getLogger(__name__)
 Units = dict[str, tuple[Note, ...]]
 
 
-@dataclass(frozen=True)
-class Outgoing:
-    """What passed the gate: factors to upload and facts beside them."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Fact]
-
-    def to_bytes(self) -> bytes:
-        """Safetensors, with the facts as metadata."""
-        return safetensors.torch.save(self.tensors, {"facts": json.dumps(self.facts)})
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Outgoing:
-        """Inverse of ``to_bytes``."""
-        length = int.from_bytes(content[:8], "little")  # of the header, which is JSON
-        facts = json.loads(content[8 : 8 + length])["__metadata__"]["facts"]
-        tensors = sorted(safetensors.torch.load(content).items())  # which come in any order
-        return cls(dict(tensors), json.loads(facts))
-
-
 def train_round(
     plan: TrainingPlan,
     received: Adapter,
     policy: SitePolicy,
     on_step: Callable[[int], None] | None = None,
+    audit_head: str | None = None,
 ) -> Outgoing:
     """Train the received adapter on this site's notes for one round.
 
     Raises Refusal, with a reason that may be published, whenever the round cannot or must not be
-    done. ``on_step`` is called with the number of finished steps.
+    done. ``on_step`` is called with the number of finished steps; ``audit_head`` is the hash of
+    the audit log's line about the task, which the ledger keeps.
     """
-    authorise(plan, policy)
+    authorise(plan, policy, datetime.now().astimezone())
     if not plan.privacy.enabled:
-        return _train(plan, received, policy, None, on_step)
+        return _train(plan, received, policy, None, on_step, audit_head)
     try:
         with Ledger.of(policy) as ledger, ledger.turn():
             reply = ledger.reply(_task(plan, received))
             if reply is not None:
                 return Outgoing.from_bytes(reply)
-            return _train(plan, received, policy, ledger, on_step)
+            return _train(plan, received, policy, ledger, on_step, audit_head)
     except LedgerError as problem:
         raise Refusal(Reason.INTERNAL, str(problem)) from None
 
@@ -95,53 +83,67 @@ def _train(
     policy: SitePolicy,
     ledger: Ledger | None,
     on_step: Callable[[int], None] | None,
+    audit_head: str | None,
 ) -> Outgoing:
     """The round itself; ``ledger`` None trains without privacy."""
     bench = _workbench(policy.model, plan.spec, plan.adapter.train)
     model = bench.model
     longest = getattr(model.config, "max_position_embeddings", None)
     require_model(plan, bench.fingerprint, longest)
-    units, has_patients = training_units(policy, plan.privacy.unit)
-    require_unit(plan, has_patients)
+    units = site_units(policy, plan.privacy.unit)
+    require_unit(plan, units.has_patients)
     try:
         lora.write(model, received)
     except ValueError as problem:
         raise Refusal(Reason.ADAPTER_INVALID, str(problem)) from None
     tokens = _Tokens(bench.base.tokenizer, plan.privacy.max_tokens)
-
-    facts: dict[str, Fact] = {"site": policy.site, "steps": plan.local_steps}
-    facts |= {"patients": len(units), "notes": sum(map(len, units.values()))}
+    facts = {
+        "site": Released[Fact](policy.site, Source.POLICY_PUBLIC),
+        "steps": Released[Fact](plan.local_steps, Source.PLAN),
+    }
     if ledger is None:
-        _steps(
-            model,
-            plan,
-            units,
-            tokens,
-            0.0,
-            SeededSampling(plan.seed, policy.site, plan.round),
-            on_step,
-        )
-        return _through_gate(model, received, plan, policy, facts)
+        numbers = SharedNumbers(plan, policy)
+        sampling = SeededSampling(plan.seed, policy.site, plan.round)
+        noise = StepNoise(0.0, None)
+        facts |= _steps(model, plan, units, tokens, noise, sampling, numbers, on_step)
+        trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
+        return Gate(plan, policy, received, charge=None).release(trained, facts)
 
-    reservation = _reserve(ledger, plan, received)
+    reservation, charge = _reserve(ledger, plan, received, policy, audit_head)
     try:
-        sigma = reservation.mechanisms[0].noise_multiplier
-        _steps(model, plan, units, tokens, sigma, SecureRandomness(), on_step)
-        facts |= {"noise_multiplier": sigma, "unit": plan.privacy.unit}
-        facts |= {"epsilon_spent": ledger.spent(), "delta": ledger.delta}
-        reply = _through_gate(model, received, plan, policy, facts).to_bytes()
+        random = SecureRandomness()
+        noise = step_noise(charge.noise_multiplier, policy.share)
+        numbers = SharedNumbers(plan, policy, charge, random)
+        facts |= _steps(model, plan, units, tokens, noise, random, numbers, on_step)
+        facts |= {
+            "unit": Released(plan.privacy.unit, Source.PLAN),
+            "noise_multiplier": Released(charge.noise_multiplier, Source.LEDGER),
+            "epsilon_spent": Released(ledger.spent(), Source.LEDGER),
+            "delta": Released(ledger.delta, Source.LEDGER),
+        }
+        trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
+        reply = Gate(plan, policy, received, charge).release(trained, facts).to_bytes()
     except Refusal as refusal:
         ledger.burn(reservation, refusal.reason.name)
         raise
     except Exception as problem:
         ledger.burn(reservation, Reason.TRAINING_FAILED.name)
         raise Refusal(Reason.TRAINING_FAILED, failure_site(problem)) from None
-    ledger.commit(reservation, reply, result=lora.read(model, plan.spec).fingerprint())
+    ledger.commit(reservation, reply, result=trained.value.fingerprint())
     return Outgoing.from_bytes(reply)
 
 
-def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
-    """Units this site trains on, without its held-out ones, and whether notes have patient ids.
+@dataclass(frozen=True)
+class SiteUnits:
+    """A site's units on both sides of the split, and whether its notes have patient ids."""
+
+    train: Units
+    held_out: Units
+    has_patients: bool
+
+
+def site_units(policy: SitePolicy, unit: str) -> SiteUnits:
+    """Units this site trains on, and its held-out ones.
 
     The split is by patient whatever the privacy unit ("patient" or "note"), so that no patient is
     on both sides. Raises Refusal when the notes cannot be read.
@@ -150,31 +152,48 @@ def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
         notes = load_notes(policy.notes)
     except NotesError as problem:
         raise Refusal(Reason.NOTES_UNUSABLE, str(problem)) from None
-    train, _ = split_units(notes.units(), policy.notes.holdout)
+    sides = split_units(notes.units(), policy.notes.holdout)
     if unit == "note":
-        train = {f"{u}\n{note.note_id}": (note,) for u, own in train.items() for note in own}
-    return train, notes.has_patients
+        sides = _by_note(sides[0]), _by_note(sides[1])
+    return SiteUnits(*sides, notes.has_patients)
+
+
+def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
+    """Units this site trains on, and whether notes have patient ids; see ``site_units``."""
+    units = site_units(policy, unit)
+    return units.train, units.has_patients
+
+
+def _by_note(units: Units) -> Units:
+    return {f"{u}\n{note.note_id}": (note,) for u, own in units.items() for note in own}
 
 
 def _steps(
     model: PeftModel,
     plan: TrainingPlan,
-    units: Units,
+    units: SiteUnits,
     tokens: _Tokens,
-    sigma: float,
+    noise: StepNoise,
     random: SecureRandomness | SeededSampling,
+    numbers: SharedNumbers,
     on_step: Callable[[int], None] | None,
-) -> None:
-    """Run the local steps of one round on the live model."""
+) -> dict[str, Released[Fact]]:
+    """Run the local steps of one round on the live model; the numbers that leave beside it."""
     privacy = plan.privacy
+    shared = numbers.counts(units.train) | numbers.score(model, units.held_out, tokens)
     parameters = trained_parameters(model)
     optimizer = _optimizer(list(parameters.values()), plan.optimizer)
     normal = random.normal if isinstance(random, SecureRandomness) else None
     for step in range(plan.local_steps):
-        batch = poisson_sample(units, privacy.sampling_rate, privacy.max_notes_per_unit, random)
+        batch = poisson_sample(
+            units.train, privacy.sampling_rate, privacy.max_notes_per_unit, random
+        )
         rows = [[tokens(note) for note in notes] for notes in batch]
+        numbers.step(model, rows, noise.loss)
         total = clipped_sum(model, rows, privacy.clip_norm)
-        released = noised_mean(total, sigma * privacy.clip_norm, privacy.denominator, normal)
+        released = noised_mean(
+            total, noise.gradient * privacy.clip_norm, privacy.denominator, normal
+        )
         for name, p in parameters.items():
             p.grad = released[name].to(p.dtype)
         for group in optimizer.param_groups:
@@ -183,21 +202,36 @@ def _steps(
         optimizer.zero_grad(set_to_none=True)
         if on_step:
             on_step(step + 1)
+    return shared | numbers.loss(noise.loss)
 
 
-def _reserve(ledger: Ledger, plan: TrainingPlan, received: Adapter) -> Reservation:
-    """Noise for all steps still planned, then the charge for this round's steps, on disk."""
+def _reserve(
+    ledger: Ledger,
+    plan: TrainingPlan,
+    received: Adapter,
+    policy: SitePolicy,
+    audit_head: str | None,
+) -> tuple[Reservation, Charge]:
+    """Noise for all that is still planned, then the charge for this round, on disk.
+
+    Room for the numbers that leave noised is kept before the noise of the steps is solved for.
+    """
     privacy = plan.privacy
+    names, beside = charges(plan, policy.share)
+    later = later_charges(plan, policy.share)
     try:
         sigma = max(
-            calibrate(history, privacy.sampling_rate, plan.steps_left, budget, delta)
+            calibrate(
+                (*history, *beside, *later), privacy.sampling_rate, plan.steps_left, budget, delta
+            )
             for history, budget, delta in (
                 (ledger.history(plan.run), privacy.epsilon, privacy.delta),
                 (ledger.history(), ledger.budget, ledger.delta),
             )
         )
-        return ledger.reserve(
-            (GaussianSteps(privacy.sampling_rate, sigma, plan.local_steps),),
+        sigma = max(sigma, policy.privacy.min_noise_multiplier)
+        reservation = ledger.reserve(
+            (GaussianSteps(privacy.sampling_rate, sigma, plan.local_steps), *beside),
             task=_task(plan, received),
             run=plan.run,
             round=plan.round,
@@ -209,9 +243,12 @@ def _reserve(ledger: Ledger, plan: TrainingPlan, received: Adapter) -> Reservati
             denominator=privacy.denominator,
             max_notes_per_unit=privacy.max_notes_per_unit,
             randomness="ChaCha20, keyed by the operating system",
+            released=sorted(names),
+            audit_head=audit_head,
         )
     except BudgetExhausted as problem:
         raise Refusal(Reason.BUDGET_EXHAUSTED, str(problem)) from None
+    return reservation, Charge(reservation.seq, sigma, names)
 
 
 def _task(plan: TrainingPlan, received: Adapter) -> str:
@@ -219,18 +256,6 @@ def _task(plan: TrainingPlan, received: Adapter) -> str:
     return hashlib.sha256(
         f"{plan.model_dump_json()}\n{received.fingerprint()}".encode()
     ).hexdigest()
-
-
-def _through_gate(
-    model: PeftModel,
-    received: Adapter,
-    plan: TrainingPlan,
-    policy: SitePolicy,
-    facts: dict[str, Fact],
-) -> Outgoing:
-    trained = lora.read(model, plan.spec)
-    tensors = outgoing_tensors(trained, received, plan)
-    return Outgoing(tensors, outgoing_facts(facts, policy))
 
 
 def _optimizer(

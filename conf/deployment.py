@@ -18,6 +18,11 @@ Transport = Literal["tls", "insecure"]
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 
 
+def is_address(text: str) -> bool:
+    """Whether ``text`` is HOST:PORT."""
+    return _ADDRESS.fullmatch(text) is not None
+
+
 class ServerSettings(Settings):
     """The coordinator's machine."""
 
@@ -39,7 +44,7 @@ class ClientSettings(Settings):
 
     @model_validator(mode="after")
     def _server_is_an_address(self) -> ClientSettings:
-        if not _ADDRESS.fullmatch(self.server):
+        if not is_address(self.server):
             raise ValueError(f"client.server={self.server}: must be HOST:PORT")
         return self
 

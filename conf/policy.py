@@ -1,16 +1,40 @@
 """The site policy: one file that the hospital owns and the coordinator never sees.
 
 A coordinator's plan may only be stricter than the policy. Nothing in a message can change it.
+``conf/site.example.yaml`` shows and explains every key.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from conf.schema import ModelSettings, NotesSettings, Positive, Settings
+from conf.deployment import is_address
+from conf.quiet_hours import parse
+from conf.schema import (
+    ModelSettings,
+    NotesSettings,
+    Positive,
+    Settings,
+    StrategyName,
+    TrainedFactors,
+)
+
+Share = Literal["never", "noised", "public"]
+Targets = tuple[str, ...]
+
+
+def _window(text: str) -> str:
+    parse(text)
+    return text
+
+
+def _address(text: str) -> str:
+    if not is_address(text):
+        raise ValueError("must be HOST:PORT")
+    return text
 
 
 class PrivacyLimits(Settings):
@@ -20,6 +44,8 @@ class PrivacyLimits(Settings):
     unit: Literal["patient", "note"] = "patient"
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=0.01)]
+    min_noise_multiplier: Annotated[float, Field(ge=0, le=100)] = 0.5  # a floor, not a wish
+    max_sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_clip_norm: Positive = 10.0
     max_notes_per_unit: Annotated[int, Field(ge=1, le=64)] = 8
     max_tokens: Annotated[int, Field(ge=8, le=8192)] = 2048  # of each note
@@ -29,11 +55,31 @@ class AdapterLimits(Settings):
     """Which adapters the hospital will train."""
 
     max_rank: Annotated[int, Field(ge=1)] = 64
-    targets: tuple[str, ...] = (
+    targets: Targets = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",  # Llama-like
         "c_attn", "c_proj", "c_fc",  # GPT-2-like
     )  # fmt: skip
+    train: tuple[TrainedFactors, ...] = get_args(TrainedFactors)
+    strategies: tuple[StrategyName, ...] = get_args(StrategyName)
     base_models: tuple[str, ...] = ()  # allowed fingerprints; () allows the configured model only
+
+
+class CoordinatorLimits(Settings):
+    """Whom the hospital works for."""
+
+    # HOST:PORT that the daemon may connect to; None: the one given to the command
+    address: Annotated[str, AfterValidator(_address)] | None = None
+    runs: Annotated[str, Field(min_length=1)] = "*"  # pattern that a run's name must match
+
+
+class ShareLimits(Settings):
+    """What leaves beside the adapter: ``never``, ``noised`` and charged, or ``public`` (exact)."""
+
+    counts: Share = "never"  # of patients and notes trained on
+    losses: Share = "never"  # of training
+    scores: Share = "never"  # loss of the received adapter on held-out patients
+    noise: Annotated[float, Field(ge=1, le=1000)] = 10.0  # standard deviation / sensitivity
+    loss_bound: Positive = 8.0  # nats; a patient's larger loss counts as this
 
 
 class SitePolicy(Settings):
@@ -44,8 +90,16 @@ class SitePolicy(Settings):
     ledger: Path
     site_key: Path | None = None  # the site's secret; None: beside the ledger, as NAME.key
     anchor: Path | None = None  # on another disk: shows a ledger that was rolled back
+    audit_log: Path | None = None  # None: beside the ledger
+    coordinator: CoordinatorLimits = CoordinatorLimits()
+    quiet_hours: tuple[Annotated[str, AfterValidator(_window)], ...] = ()
     notes: NotesSettings
     model: ModelSettings
     privacy: PrivacyLimits
     adapter: AdapterLimits = AdapterLimits()
-    share_counts: Literal["never", "public"] = "never"  # number of patients and notes
+    share: ShareLimits = ShareLimits()
+
+    @property
+    def audit_file(self) -> Path:
+        """Where the audit log lies."""
+        return self.audit_log or self.ledger.with_suffix(".audit.jsonl")

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+TrainedFactors = Literal["B", "both"]
+StrategyName = Literal["product_mean", "fedavg", "ffa", "fedsvd"]
 
 
 class Settings(BaseModel):
@@ -41,7 +43,7 @@ class AdapterSettings(Settings):
     rank: Annotated[int, Field(ge=1, le=256)]
     alpha: Positive
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    train: Literal["B", "both"]
+    train: TrainedFactors
 
 
 class PrivacySettings(Settings):
@@ -82,7 +84,7 @@ class FederationSettings(Settings):
 class StrategySettings(Settings):
     """How the hospitals' adapters become one."""
 
-    name: Literal["product_mean", "fedavg", "ffa", "fedsvd"]
+    name: StrategyName
 
 
 class NotesSettings(Settings):

@@ -197,11 +197,18 @@ def _policy(
             unit=privacy.unit,
             epsilon=privacy.epsilon,
             delta=privacy.delta,
+            min_noise_multiplier=0.0,
+            max_sampling_rate=privacy.sampling_rate,
             max_clip_norm=privacy.clip_norm,
             max_notes_per_unit=privacy.max_notes_per_unit,
             max_tokens=privacy.max_tokens,
         ),
-        adapter=AdapterLimits(max_rank=settings.adapter.rank, targets=settings.adapter.targets),
+        adapter=AdapterLimits(
+            max_rank=settings.adapter.rank,
+            targets=settings.adapter.targets,
+            train=(settings.adapter.train,),
+            strategies=(settings.strategy.name,),
+        ),
     )
 
 

@@ -7,11 +7,12 @@ float32.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from adapters.adapter import Adapter
@@ -63,3 +64,29 @@ def pack_refusal(site: str, code: str, reason: str) -> RecordDict:
 def size_bytes(content: RecordDict) -> int:
     """Bytes of all tensors in the records."""
     return sum(record.count_bytes() for record in content.array_records.values())
+
+
+def digest(content: RecordDict) -> tuple[str, int]:
+    """SHA-256 (hex) over all records, names and types included, and how many bytes were hashed.
+
+    Two contents of equal digest are equal for all that a reader can see; the order of records does
+    not count.
+    """
+    hashed, size = hashlib.sha256(), 0
+
+    def feed(*parts: bytes) -> None:
+        nonlocal size
+        for part in parts:
+            hashed.update(len(part).to_bytes(8, "big"))
+            hashed.update(part)
+            size += len(part)
+
+    for name, record in sorted(content.items()):
+        feed(type(record).__name__.encode(), name.encode())
+        for key, value in sorted(record.items()):
+            if isinstance(value, Array):
+                shape = json.dumps([value.dtype, list(value.shape), value.stype])
+                feed(key.encode(), shape.encode(), value.data)
+            else:
+                feed(key.encode(), repr(value).encode())
+    return hashed.hexdigest(), size

@@ -1,24 +1,32 @@
-"""Does the site policy allow this plan? The coordinator may only ask for less than is allowed."""
+"""Does the site policy allow this plan? The coordinator may only ask for less than is allowed.
+
+What needs neither model nor notes is decided first, so that a plan beyond a limit touches neither.
+"""
 
 from __future__ import annotations
 
+from datetime import datetime
+from fnmatch import fnmatchcase
+
 from adapters.plan import TrainingPlan
 from client.refusal import Reason, Refusal
-from conf.policy import SitePolicy
+from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
+from conf.quiet_hours import is_quiet
 
 
-def authorise(plan: TrainingPlan, policy: SitePolicy) -> None:
+def authorise(plan: TrainingPlan, policy: SitePolicy, now: datetime) -> None:
     """Return when every limit holds that can be checked without model and notes.
 
-    Raises Refusal with the first limit that does not hold.
+    ``now`` is the site's local time. Raises Refusal with the first limit that does not hold.
     """
+    if not fnmatchcase(plan.run, policy.coordinator.runs):
+        raise Refusal(Reason.RUN_NOT_ALLOWED, "not in coordinator.runs")
+    if is_quiet(now, policy.quiet_hours):
+        raise Refusal(Reason.QUIET_HOURS, f"{now:%a %H:%M} is in quiet_hours")
     allowed = policy.adapter.base_models
     if allowed and plan.base_model not in allowed:
         raise Refusal(Reason.MODEL_MISMATCH, "not in adapter.base_models")
-    if plan.adapter.rank > policy.adapter.max_rank:
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"rank {plan.adapter.rank}")
-    if not set(plan.adapter.targets) <= set(policy.adapter.targets):
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"targets {plan.adapter.targets}")
+    _within(_adapter(plan, policy.adapter))
     if plan.privacy.max_tokens > policy.privacy.max_tokens:
         raise Refusal(Reason.LIMIT_EXCEEDED, f"{plan.privacy.max_tokens} tokens a note")
     if not plan.privacy.enabled:
@@ -29,12 +37,7 @@ def authorise(plan: TrainingPlan, policy: SitePolicy) -> None:
         raise Refusal(Reason.UNIT_TOO_WEAK, f"unit {plan.privacy.unit}")
     if plan.privacy.epsilon > policy.privacy.epsilon:
         raise Refusal(Reason.BUDGET_EXHAUSTED, f"plan asks for epsilon {plan.privacy.epsilon:g}")
-    if plan.privacy.delta > policy.privacy.delta:
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"delta {plan.privacy.delta:g}")
-    if plan.privacy.clip_norm > policy.privacy.max_clip_norm:
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"clip norm {plan.privacy.clip_norm:g}")
-    if plan.privacy.max_notes_per_unit > policy.privacy.max_notes_per_unit:
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"{plan.privacy.max_notes_per_unit} notes a unit")
+    _within(_privacy(plan, policy.privacy))
 
 
 def require_model(plan: TrainingPlan, installed: str, longest: int | None) -> None:
@@ -54,3 +57,31 @@ def require_unit(plan: TrainingPlan, has_patients: bool) -> None:
     """Return when the notes can be told apart by the plan's privacy unit. Raises Refusal."""
     if plan.privacy.enabled and plan.privacy.unit == "patient" and not has_patients:
         raise Refusal(Reason.UNIT_TOO_WEAK, "the notes carry no patient ids")
+
+
+def _adapter(plan: TrainingPlan, limits: AdapterLimits) -> dict[str, bool]:
+    """What is asked for, and whether it is allowed."""
+    asked = plan.adapter
+    return {
+        f"rank {asked.rank}": asked.rank <= limits.max_rank,
+        f"targets {asked.targets}": set(asked.targets) <= set(limits.targets),
+        f"training of {asked.train}": asked.train in limits.train,
+        f"strategy {plan.strategy[:40]!a}": plan.strategy in limits.strategies,
+    }
+
+
+def _privacy(plan: TrainingPlan, limits: PrivacyLimits) -> dict[str, bool]:
+    asked = plan.privacy
+    return {
+        f"delta {asked.delta:g}": asked.delta <= limits.delta,
+        f"sampling rate {asked.sampling_rate:g}": asked.sampling_rate <= limits.max_sampling_rate,
+        f"clip norm {asked.clip_norm:g}": asked.clip_norm <= limits.max_clip_norm,
+        f"{asked.max_notes_per_unit} notes a unit": asked.max_notes_per_unit
+        <= limits.max_notes_per_unit,
+    }
+
+
+def _within(limits: dict[str, bool]) -> None:
+    for asked, allowed in limits.items():
+        if not allowed:
+            raise Refusal(Reason.LIMIT_EXCEEDED, asked)

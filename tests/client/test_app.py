@@ -130,15 +130,6 @@ def test_both_factors_leave_when_the_plan_trains_both(
     assert all(not tensors[name].equal(t) for name, t in sent.tensors().items())
 
 
-def test_counts_leave_only_where_the_policy_makes_them_public(
-    hospital: Install, plan: Make, starting_point: Start
-) -> None:
-    open_books = hospital(share_counts="public", privacy={"required": False})
-    facts = facts_of(open_books.ask(plan(privacy={"enabled": False}), starting_point[0]))
-    assert 5 < facts["patients"] < 15  # of 15, a fifth held out
-    assert facts["notes"] == 2 * facts["patients"]
-
-
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -306,8 +297,8 @@ def test_no_note_is_in_the_reply_or_the_log_of_an_honest_round(
         ("client.training.poisson_sample", Reason.TRAINING_FAILED),
         ("client.privacy.engine.note_losses", Reason.TRAINING_FAILED),
         ("client.training.noised_mean", Reason.TRAINING_FAILED),
-        ("client.training.outgoing_tensors", Reason.TRAINING_FAILED),
-        ("client.training.outgoing_facts", Reason.TRAINING_FAILED),
+        ("client.training.Gate.release", Reason.TRAINING_FAILED),
+        ("client.training.SharedNumbers.counts", Reason.TRAINING_FAILED),
         ("client.app.pack_result", Reason.INTERNAL),
     ],
 )

@@ -16,6 +16,7 @@ import yaml
 
 import wardround
 from client.privacy.accountant import GaussianSteps, calibrate, epsilon
+from client.privacy.audit_log import AuditLog, Line
 from client.privacy.ledger import Ledger
 from conf.policy import SitePolicy
 
@@ -90,13 +91,26 @@ def test_show_draws_a_picture(spent: SitePolicy, person: Person, tmp_path: Path)
 def test_show_and_verify_of_a_ledger_that_does_not_verify(
     spent: SitePolicy, person: Person
 ) -> None:
-    assert person.types("verify") == "5 entries: chain, MACs and anchor agree\n"
+    said = person.types("verify").splitlines()
+    assert said[0] == "5 entries: chain, MACs and anchor agree"
+    assert said[1].startswith("0 lines of the audit log: chain holds")
     tamper(spent)
     problem = "entry 1 was not written with this site key"
     assert person.types("verify", code=1).startswith(f"wardround: {problem}")
     text = person.types("show", code=1)  # what was spent stays visible
     assert text.count("first") == 3
     assert f"shown as it was found, but it does not verify: {problem}" in text
+
+
+def test_verify_finds_what_is_missing_in_the_audit_log(site: SitePolicy, person: Person) -> None:
+    line = Line("in", "TASK", "d" * 64, 1)
+    head = AuditLog(site.audit_file).append(line)
+    with Ledger.of(site) as ledger:
+        ledger.reserve((CHARGE,), task="1", run="first", round=1, unit="patient", audit_head=head)
+    assert "\n1 lines of the audit log: chain holds" in person.types("verify")
+    site.audit_file.unlink()
+    AuditLog(site.audit_file).append(line)  # begun anew
+    assert "lines are missing, 1 of them known to the ledger" in person.types("verify", code=1)
 
 
 def test_show_of_a_ledger_without_its_key(spent: SitePolicy, person: Person) -> None:

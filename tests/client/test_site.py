@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,41 @@ def test_a_short_policy_is_strict_where_it_is_silent(write: Write) -> None:
     policy = read_policy(write())
     assert policy.privacy.required
     assert policy.privacy.unit == "patient"
-    assert policy.share_counts == "never"
+    assert {policy.share.counts, policy.share.losses, policy.share.scores} == {"never"}
     assert policy.adapter.base_models == ()
+    assert policy.audit_file == Path("/var/lib/wardround/ledger.audit.jsonl")
 
 
-def test_the_example_is_a_valid_policy_and_shows_every_default() -> None:
+def test_the_example_is_a_valid_policy_and_shows_every_key_with_its_default(write: Write) -> None:
     shown = yaml.safe_load(EXAMPLE.read_text())
-    assert read_policy(EXAMPLE).site == "st-marys"
+    policy = read_policy(EXAMPLE)
+    assert policy.site == "st-marys"
     assert set(shown) == set(SitePolicy.model_fields)
-    assert shown["privacy"]["required"] is True
-    assert shown["share_counts"] == "never"
+    silent = read_policy(write())
+    for name in ("privacy", "adapter", "share", "coordinator"):
+        assert set(shown[name]) == set(type(getattr(policy, name)).model_fields), name
+        assert getattr(policy, name) == getattr(silent, name), name
+    for name in ("quiet_hours", "audit_log"):
+        assert getattr(policy, name) == getattr(silent, name), name
+
+
+def test_every_limit_of_the_example_is_explained() -> None:
+    """A comment stands beside or above each key."""
+    lines = EXAMPLE.read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if re.match(r" *[a-z_]+:", line)]
+    bare = [
+        lines[i]
+        for i in keys
+        if "#" not in lines[i] and "#" not in lines[i - 1]
+        and not (lines[i].rstrip().endswith(":") and lines[i + 1].startswith("  "))
+    ]  # fmt: skip
+    assert bare == []
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"shre_counts": "public"}, ": shre_counts: Extra inputs are not permitted"),
+        ({"shre": {"counts": "public"}}, ": shre: Extra inputs are not permitted"),
         ({"site": "../other"}, ": site: String should match pattern"),
         ({"site": "a b"}, ": site: "),
         ({"site": "east\n"}, ": site: "),
@@ -82,7 +102,12 @@ def test_the_example_is_a_valid_policy_and_shows_every_default() -> None:
         ({"privacy": {"epsilon": 8, "delta": 1e-5, "unit": "ward"}}, ": privacy.unit: "),
         ({"privacy": {"epsilon": 8}}, ": privacy.delta: Field required"),
         ({"notes": {"source": "jsonl"}}, ": notes: Value error, notes.path must name"),
-        ({"share_counts": "always"}, ": share_counts: Input should be 'never' or 'public'"),
+        ({"share": {"counts": "always"}}, ": share.counts: Input should be 'never', 'noised' or"),
+        ({"share": {"noise": 0.5}}, ": share.noise: Input should be greater"),
+        ({"quiet_hours": ["7-19"]}, ": quiet_hours.0: Value error, '7-19': write it as"),
+        ({"coordinator": {"address": "here"}}, ": coordinator.address: Value error, must be HOST"),
+        ({"adapter": {"train": ["A"]}}, ": adapter.train.0: Input should be"),
+        ({"adapter": {"strategies": ["magic"]}}, ": adapter.strategies.0: Input should be"),
     ],
 )
 def test_a_key_or_value_that_does_not_fit_is_named(

@@ -252,4 +252,4 @@ def test_a_policy_protects_unless_told_otherwise() -> None:
     policy = SitePolicy.model_validate(POLICY)
     assert policy.privacy.required is True
     assert policy.privacy.unit == "patient"
-    assert policy.share_counts == "never"
+    assert {policy.share.counts, policy.share.losses, policy.share.scores} == {"never"}

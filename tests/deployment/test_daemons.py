@@ -64,6 +64,20 @@ def test_a_hospital_without_the_coordinators_certificate_is_told_so(
         )
 
 
+def test_a_hospital_connects_to_the_coordinator_of_its_policy_only(
+    policies: list[Path], tmp_path: Path
+) -> None:
+    with policies[0].open("a") as policy:
+        policy.write("coordinator: {address: 'fl.example:8443'}\n")
+    for server, told in (
+        ("fl.example:8444", r"client\.server=fl\.example:8444: .* fl\.example:8443 only"),
+        ("fl.example:8443", r"ask the coordinator for ca\.pem"),  # one check further
+    ):
+        settings = client_settings(tmp_path, server=server)
+        with pytest.raises(client_daemon.DaemonError, match=told):
+            client_daemon.serve(policies[0], settings, Console(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,14 @@ from adapters.lowrank import LowRank
 from adapters.plan import TrainingPlan, plan_round
 from conf.load import load
 from conf.schema import RunSettings
-from transport.wire import pack_refusal, pack_result, pack_task, size_bytes, unpack_task
+from transport.wire import (
+    digest,
+    pack_refusal,
+    pack_result,
+    pack_task,
+    size_bytes,
+    unpack_task,
+)
 
 SETTINGS = load("simulate", ["adapter.rank=2"], RunSettings)
 PLAN = plan_round(SETTINGS, "run", 1, "0" * 64)
@@ -145,3 +152,27 @@ def test_size_is_that_of_the_tensors() -> None:
     small, large = (size_bytes(pack_result({"w": torch.zeros(n)}, {})) for n in (1000, 3000))
     assert large - small == pytest.approx(4 * 2000, abs=64)
     assert small >= 4 * 1000
+
+
+def test_a_digest_is_of_everything_a_reader_sees() -> None:
+    tensors = {"w": torch.arange(4.0), "v": torch.zeros(2)}
+    packed = pack_result(tensors, {"site": "east"})
+    assert digest(packed) == digest(pack_result(dict(reversed(tensors.items())), {"site": "east"}))
+    assert len(digest(packed)[0]) == 64
+    assert digest(packed)[1] > size_bytes(packed) - 200  # raw bytes, without the packing's headers
+    others = [
+        pack_result(tensors, {"site": "west"}),
+        pack_result(tensors | {"w": torch.arange(4.0) + 1e-6}, {"site": "east"}),
+        pack_result(tensors | {"w": torch.arange(4.0).view(2, 2)}, {"site": "east"}),
+        pack_result({"u": tensors["w"], "v": tensors["v"]}, {"site": "east"}),
+        pack_result({"w": tensors["w"]}, {"site": "east"}),
+        RecordDict({"adapter": packed["adapter"]}),
+        RecordDict(),
+        RecordDict({"x": ConfigRecord({"ab": "c"})}),
+        RecordDict({"x": ConfigRecord({"a": "bc"})}),
+        RecordDict({"x": ConfigRecord({"a": 1})}),
+        RecordDict({"x": ConfigRecord({"a": 1.0})}),
+        RecordDict({"x": MetricRecord({"a": 1.0})}),
+    ]
+    digests = [digest(content)[0] for content in (packed, *others)]
+    assert len(set(digests)) == len(digests)

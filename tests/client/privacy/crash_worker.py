@@ -113,7 +113,7 @@ def warm(policy: SitePolicy, plan: TrainingPlan, adapter: Adapter, most: int) ->
     training._workbench(policy.model, plan.spec, plan.adapter.train)
     with Ledger.of(policy) as ledger:
         for _ in range(most):
-            training._reserve(ledger, plan, adapter)
+            training._reserve(ledger, plan, adapter, policy, None)
             ledger.spent()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from conf.policy import SitePolicy
 MakePlan = Callable[..., TrainingPlan]
 MakePolicy = Callable[..., SitePolicy]
 
+NOON = datetime(2026, 11, 20, 12)  # a Friday
+
 
 def verdict(
     plan: TrainingPlan,
@@ -22,10 +25,11 @@ def verdict(
     has_patients: bool = True,
     installed: str | None = None,
     longest: int | None = None,
+    now: datetime = NOON,
 ) -> Reason | None:
     """The first refusal, asked in the order of a round; the plan's own model unless another is."""
     try:
-        authorise(plan, policy)
+        authorise(plan, policy, now)
         require_model(plan, installed or plan.base_model, longest)
         require_unit(plan, has_patients)
     except Refusal as refusal:
@@ -46,7 +50,13 @@ def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) ->
         ({"privacy": {"max_tokens": 99}}, {"privacy": {"max_tokens": 99}}),
         ({"privacy": {"clip_norm": 0.5}}, {"privacy": {"max_clip_norm": 0.5}}),
         ({"privacy": {"max_notes_per_unit": 3}}, {"privacy": {"max_notes_per_unit": 3}}),
+        ({"privacy": {"sampling_rate": 0.5}}, {"privacy": {"max_sampling_rate": 0.5}}),
         ({"adapter": {"targets": ["q_proj"]}}, {"adapter": {"targets": ["q_proj"]}}),
+        ({"adapter": {"train": "both"}, "upload": "both"}, {"adapter": {"train": ["both"]}}),
+        ({"strategy": "fedsvd"}, {"adapter": {"strategies": ["ffa", "fedsvd"]}}),
+        ({"run": "cardiology-7"}, {"coordinator": {"runs": "cardiology-*"}}),
+        ({}, {"quiet_hours": ["Sat-Thu 00:00-24:00"]}),
+        ({}, {"quiet_hours": ["11:00-12:00", "12:01-13:00"]}),
     ],
 )
 def test_a_plan_at_the_limit_passes(
@@ -72,6 +82,28 @@ def test_a_plan_at_the_limit_passes(
             {"privacy": {"max_notes_per_unit": 3}},
             Reason.LIMIT_EXCEEDED,
         ),
+        (
+            {"privacy": {"sampling_rate": 0.51}},
+            {"privacy": {"max_sampling_rate": 0.5}},
+            Reason.LIMIT_EXCEEDED,
+        ),
+        (
+            {"adapter": {"train": "both"}, "upload": "both"},
+            {"adapter": {"train": ["B"]}},
+            Reason.LIMIT_EXCEEDED,
+        ),
+        (
+            {"strategy": "fedavg"},
+            {"adapter": {"strategies": ["ffa", "fedsvd"]}},
+            Reason.LIMIT_EXCEEDED,
+        ),
+        (
+            {"run": "Cardiology-7"},
+            {"coordinator": {"runs": "cardiology-*"}},
+            Reason.RUN_NOT_ALLOWED,
+        ),
+        ({}, {"quiet_hours": ["Fri 12:00-12:01"]}, Reason.QUIET_HOURS),
+        ({}, {"quiet_hours": ["Thu 13:00-12:30"]}, Reason.QUIET_HOURS),
         (
             {"adapter": {"targets": ["q_proj", "lm_head"]}},
             {"adapter": {"targets": ["q_proj", "v_proj"]}},
@@ -147,6 +179,15 @@ def test_privacy_can_be_off_only_where_the_policy_does_not_require_it(
     lax = policy(privacy={"required": False})
     assert verdict(plan(), lax) is None
     assert verdict(plan(privacy={"epsilon": 9.0}), lax) is Reason.BUDGET_EXHAUSTED
+
+
+def test_what_a_plan_says_cannot_write_lines_into_the_sites_log(
+    plan: MakePlan, policy: MakePolicy
+) -> None:
+    for sly in (plan(strategy="x\n\x1b[31mRECORD"), plan(adapter={"targets": ["x\n\x1b[31m"]})):
+        with pytest.raises(Refusal) as refusal:
+            authorise(sly, policy(), NOON)
+        assert refusal.value.detail.isprintable()
 
 
 def test_shape_limits_hold_without_privacy_too(plan: MakePlan, policy: MakePolicy) -> None:
