@@ -184,7 +184,8 @@ def isolation(engine: Engine, bench: Bench) -> Finding:
 def fresh_noise(engine: Engine, bench: Bench) -> Finding:
     """Correlation of what two rounds release from the same sum."""
     one, two = (_flat(_silence(engine, bench, bench.usual_units)) for _ in range(2))
-    correlation = abs(float(one @ two)) / (float(np.linalg.norm(one) * np.linalg.norm(two)))
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(two))
+    correlation = abs(float(one @ two)) / lengths if lengths else 1.0  # no noise repeats itself
     return Finding("fresh noise", correlation, 6 / math.sqrt(len(one)))
 
 
@@ -192,7 +193,8 @@ def constant(engine: Engine, bench: Bench) -> Finding:
     """Largest relative change of the released scale among hospitals of different size."""
     units = bench.usual_units
     scales = [_scale(engine, bench, n) for n in (units, units + 4, 2 * units)]
-    return Finding("constant", max(scales) / min(scales) - 1, _NOISE)
+    change = max(scales) / min(scales) - 1 if min(scales) else 1.0  # nothing to measure
+    return Finding("constant", change, _NOISE)
 
 
 def noise(engine: Engine, bench: Bench) -> Finding:

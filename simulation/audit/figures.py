@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from simulation import wording
 from simulation.audit.attack import tpr_bound
@@ -67,6 +68,11 @@ def attack(private: Membership, without: Membership) -> Picture:
             )  # fmt: skip
         axes.axvline(FPR, color=COLOURS["line"], linewidth=1)
         axes.set(xscale="log", yscale="log", xlim=(_LEAST, 1), ylim=(_LEAST, 1.4))
+        ticks = (_LEAST, 0.01, 0.1, 1.0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(FixedLocator(ticks))
+            axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+            axis.set_minor_locator(NullLocator())
         axes.set_xlabel("others accused (false positive rate)")
         axes.set_ylabel("members found (true positive rate)")
         legend(figure, 2)
