@@ -202,7 +202,7 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
 any real budget. It writes audit.json and audit.html, and ends with code 1 when a promise is broken
 or a check is blind.
 
-  white box     600 canaries with a known gradient through the engine's own clipping, sum, noise and
+  white box     400 canaries with a known gradient through the engine's own clipping, sum, noise and
                 division, on the first 2 blocks of the model; six checks, for the installed engine
                 and for five that are sabotaged on purpose
   whole rounds  the noise that leaves a hospital, against what its ledger was charged

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Plant:
 
     def __init__(self, model: PeftModel, norm: float) -> None:
         self._model = model
-        self._base = model.get_input_embeddings().num_embeddings
+        self._base = int(model.get_input_embeddings().num_embeddings)
         self._marker = [self._base - 1] * 2
         self._layers = self._read_layers(norm)
         self._numbers = torch.empty(0)  # of each note of the batch; -1: not planted
@@ -63,7 +63,7 @@ class Plant:
             digits.append(digit)
         return [self._marker + digits]
 
-    def scores(self, gradient: dict[str, Tensor], rows: Sequence[int]) -> np.ndarray:
+    def scores(self, gradient: dict[str, Tensor], rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Projection of a gradient on the direction of each of ``rows``, (rows) float64."""
         along = [
             (gradient[layer.parameter].double().cpu() @ layer.direction).numpy()
@@ -126,9 +126,9 @@ class Plant:
         layers: list[_Layer] = []
         first = 0
         for name, module in modules.items():
-            along = module.lora_A[_NAME].weight.detach().double() @ seen[name].double()
-            length = float(along.norm())
-            rows = module.lora_B[_NAME].weight.shape[0]
+            down, up = (cast(Tensor, f[_NAME].weight) for f in (module.lora_A, module.lora_B))
+            along = down.detach().double() @ seen[name].double()
+            length, rows = float(along.norm()), up.shape[0]
             size = norm / (module.scaling[_NAME] * length)
             parameter = f"{name}.lora_B.{_NAME}.weight"
             layers.append(_Layer(module, parameter, first, rows, along.cpu() / length, size))

@@ -91,9 +91,7 @@ def print_audit(audit: Audit, console: Console) -> None:
     sabotaged.add_column("ε proved", justify="right")
     sabotaged.add_column("caught by")
     for verdict in audit.verdicts[1:]:
-        caught = (
-            wording.listing(verdict.failed) if verdict.failed else "[bold red]nothing[/bold red]"
-        )
+        caught = wording.listing(verdict.failed or ("[bold red]nothing[/bold red]",))
         sabotaged.add_row(escape(verdict.engine), f"{verdict.game.proved:.2f}", caught)
     console.print(sabotaged)
 

@@ -30,7 +30,7 @@ def test_a_planted_note_has_one_row_of_one_layer_and_the_norm_asked_for(
 
 def test_planted_gradients_are_orthogonal_and_every_row_is_reached(bench: Bench) -> None:
     plant = Plant(bench.model, 3.0)
-    picked = list(range(0, plant.rows, 37)) + [plant.rows - 1]
+    picked = [*range(0, plant.rows, 37), plant.rows - 1]
     with plant.open():
         total = clipped_sum(bench.model, [plant.unit(row) for row in picked], 1.0)
     scores = plant.scores(total, range(plant.rows))
