@@ -9,7 +9,13 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from conf.commands import AlignCommand, ClientCommand, EvaluateCommand, ServerCommand
+from conf.commands import (
+    AlignCommand,
+    AuditCommand,
+    ClientCommand,
+    EvaluateCommand,
+    ServerCommand,
+)
 from conf.load import FOLDER, ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 from wardround import COMMANDS
@@ -20,6 +26,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "client": ClientCommand,
     "align": AlignCommand,
     "evaluate": EvaluateCommand,
+    "audit": AuditCommand,
 }
 NEEDED = {  # what a command, or a choice, cannot do without
     "align": ["adapter=merged", "out=aligned"],
