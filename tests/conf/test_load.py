@@ -9,7 +9,14 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from conf.commands import AlignCommand, ClientCommand, EvaluateCommand, LedgerCommand, ServerCommand
+from conf.commands import (
+    AlignCommand,
+    AuditCommand,
+    ClientCommand,
+    EvaluateCommand,
+    LedgerCommand,
+    ServerCommand,
+)
 from conf.load import FOLDER, ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 from wardround import COMMANDS
@@ -21,6 +28,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "align": AlignCommand,
     "evaluate": EvaluateCommand,
     "ledger": LedgerCommand,
+    "audit": AuditCommand,
 }
 NEEDED = {  # what a command, or a choice, cannot do without
     "align": ["adapter=merged", "out=aligned"],
