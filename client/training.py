@@ -29,7 +29,7 @@ from client.notes.note import Note
 from client.notes.split import split_units
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
 from client.privacy.authorise import authorise, require_model, require_unit
-from client.privacy.engine import clipped_sum, noised_mean, trained_parameters
+from client.privacy.engine import clipped_sum, noised_mean
 from client.privacy.gate import Gate, Outgoing
 from client.privacy.ledger import Ledger, LedgerError, Reservation
 from client.privacy.metadata import (
@@ -39,12 +39,13 @@ from client.privacy.metadata import (
     later_charges,
     step_noise,
 )
+from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
 from client.refusal import Reason, Refusal, failure_site
 from conf.policy import SitePolicy
-from conf.schema import ModelSettings, OptimizerSettings
+from conf.schema import ComputeSettings, ModelSettings, OptimizerSettings
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _train(
     audit_head: str | None,
 ) -> Outgoing:
     """The round itself; ``ledger`` None trains without privacy."""
-    bench = _workbench(policy.model, plan.spec, plan.adapter.train)
+    bench = _workbench(policy.model, policy.compute, plan.spec, plan.adapter.train)
     model = bench.model
     longest = getattr(model.config, "max_position_embeddings", None)
     require_model(plan, bench.fingerprint, longest)
@@ -105,7 +106,9 @@ def _train(
         numbers = SharedNumbers(plan, policy)
         sampling = SeededSampling(plan.seed, policy.site, plan.round)
         noise = StepNoise(0.0, None)
-        facts |= _steps(model, plan, units, tokens, noise, sampling, numbers, on_step)
+        facts |= _steps(
+            model, plan, units, tokens, policy.compute, noise, sampling, numbers, on_step
+        )
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
         return Gate(plan, policy, received, charge=None).release(trained, facts)
 
@@ -114,7 +117,7 @@ def _train(
         random = SecureRandomness()
         noise = step_noise(charge.noise_multiplier, policy.share)
         numbers = SharedNumbers(plan, policy, charge, random)
-        facts |= _steps(model, plan, units, tokens, noise, random, numbers, on_step)
+        facts |= _steps(model, plan, units, tokens, policy.compute, noise, random, numbers, on_step)
         facts |= {
             "unit": Released(plan.privacy.unit, Source.PLAN),
             "noise_multiplier": Released(charge.noise_multiplier, Source.LEDGER),
@@ -173,6 +176,7 @@ def _steps(
     plan: TrainingPlan,
     units: SiteUnits,
     tokens: _Tokens,
+    compute: ComputeSettings,
     noise: StepNoise,
     random: SecureRandomness | SeededSampling,
     numbers: SharedNumbers,
@@ -190,7 +194,7 @@ def _steps(
         )
         rows = [[tokens(note) for note in notes] for notes in batch]
         numbers.step(model, rows, noise.loss)
-        total = clipped_sum(model, rows, privacy.clip_norm)
+        total = clipped_sum(model, rows, privacy.clip_norm, compute.engine, compute.micro_tokens)
         released = noised_mean(
             total, noise.gradient * privacy.clip_norm, privacy.denominator, normal
         )
@@ -284,10 +288,14 @@ class _Workbench:
 
 
 @lru_cache(maxsize=1)
-def _workbench(settings: ModelSettings, spec: AdapterSpec, train: str) -> _Workbench:
+def _workbench(
+    settings: ModelSettings, compute: ComputeSettings, spec: AdapterSpec, train: str
+) -> _Workbench:
     """Base model with the adapter attached; kept between the messages of one process."""
     try:
         base = load_base(settings)
+        if compute.gradient_checkpointing:
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
         fingerprint = base.fingerprint
         return _Workbench(base, fingerprint, lora.attach(base.model, spec, train))
     except ModelError as problem:

@@ -11,6 +11,7 @@ from conf.deployment import ClientSettings, ServerSettings
 from conf.schema import (
     AdapterSettings,
     AlignmentSettings,
+    ComputeSettings,
     ModelSettings,
     NotesSettings,
     OptimizerSettings,
@@ -116,6 +117,7 @@ class AuditCommand(Settings):
     adapter: AdapterSettings
     privacy: PrivacySettings
     optimizer: OptimizerSettings
+    compute: ComputeSettings
     notes: NotesSettings
     white_box: PlantedGradients
     black_box: PlantedNotes

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from conf.deployment import is_address
 from conf.quiet_hours import parse
 from conf.schema import (
+    ComputeSettings,
     ModelSettings,
     NotesSettings,
     Positive,
@@ -95,6 +96,7 @@ class SitePolicy(Settings):
     quiet_hours: tuple[Annotated[str, AfterValidator(_window)], ...] = ()
     notes: NotesSettings
     model: ModelSettings
+    compute: ComputeSettings = ComputeSettings()
     privacy: PrivacyLimits
     adapter: AdapterLimits = AdapterLimits()
     share: ShareLimits = ShareLimits()

@@ -64,6 +64,14 @@ class PrivacySettings(Settings):
     max_tokens: Annotated[int, Field(ge=8, le=8192)]  # of each note, from its start
 
 
+class ComputeSettings(Settings):
+    """How a hospital computes its gradients: changes time and memory, never the gradients."""
+
+    engine: Literal["fast", "opacus"] = "fast"
+    micro_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 512  # at a time; 0: one note
+    gradient_checkpointing: bool = False
+
+
 class OptimizerSettings(Settings):
     """The local optimizer; the learning rate decays linearly over the whole plan."""
 
@@ -185,6 +193,7 @@ class RunSettings(TrainingSettings):
 
     runs: Path  # folder in which run folders are made
     resume: Path | None = None
+    compute: ComputeSettings
     notes: NotesSettings
     hospitals: HospitalsSettings
     alignment: AlignmentSettings

@@ -196,6 +196,7 @@ def site_policy(
             holdout=settings.notes.holdout,
         ),
         model=settings.model,
+        compute=settings.compute,
         privacy=PrivacyLimits(
             required=privacy.enabled,
             unit=privacy.unit,
@@ -211,7 +212,6 @@ def site_policy(
             max_rank=settings.adapter.rank,
             targets=settings.adapter.targets,
             train=(settings.adapter.train,),
-            strategies=(settings.strategy.name,),
         ),
     )
 

@@ -24,7 +24,8 @@ import torch
 from peft import PeftModel
 
 from client.privacy.accountant import GaussianSteps, epsilon
-from client.privacy.engine import Unit, trained_parameters
+from client.privacy.microbatch import Unit
+from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SecureRandomness
 from simulation.audit.engine import Engine, Gradient, Mechanism
 from simulation.audit.one_run import epsilon_gaussian, epsilon_steinke

@@ -13,7 +13,8 @@ import numpy as np
 from peft import PeftModel
 from torch import Tensor
 
-from client.privacy.engine import Unit, clipped_sum, noised_mean
+from client.privacy.engine import clipped_sum, noised_mean
+from client.privacy.microbatch import Unit
 from client.privacy.randomness import SecureRandomness
 
 Gradient = dict[str, Tensor]  # by parameter name

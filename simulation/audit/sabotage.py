@@ -13,7 +13,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.likelihood import pad_right, token_losses
-from client.privacy.engine import Unit, noised_mean, trained_parameters
+from client.privacy.engine import noised_mean
+from client.privacy.microbatch import Unit
+from client.privacy.per_note import trained_parameters
 from simulation.audit.engine import Engine, Gradient, Normal
 
 _MICRO_BATCH = 4  # units

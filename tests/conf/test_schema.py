@@ -123,6 +123,8 @@ def test_settings_cannot_be_changed(valid: dict[str, Raw], name: str) -> None:
         ("optimizer.name", ["sgd", "adamw"], ["adam"]),
         ("optimizer.learning_rate", [1e-6], [0, float("nan")]),
         ("optimizer.final_fraction", [0.1, 1], [0, 1.1]),
+        ("compute.engine", ["fast", "opacus"], ["ghost"]),
+        ("compute.micro_tokens", [0, 8192], [-1]),
         ("federation.rounds", [1, 1000], [0, 1001]),
         ("federation.local_steps", [1, 10_000], [0, 10_001]),
         ("federation.min_hospitals", [1, 3], [0, 4]),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from client.privacy.engine import clipped_sum, trained_parameters
+from client.privacy.engine import clipped_sum
+from client.privacy.per_note import trained_parameters
 from simulation.audit.checks import Bench
 from simulation.audit.planted import Plant
 
