@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from conf.commands import (
     AlignCommand,
+    AuditCommand,
     ClientCommand,
     EvaluateCommand,
     LedgerCommand,
@@ -138,6 +139,20 @@ def _ledger(overrides: list[str], multirun: bool, console: Console) -> int:
     return 0
 
 
+def _audit(overrides: list[str], multirun: bool, console: Console) -> int:
+    command = load("audit", overrides, AuditCommand)
+
+    from simulation.audit.record import write_record
+    from simulation.audit.report import print_audit, write_report
+    from simulation.audit.run import audit
+
+    result = audit(command, console)
+    write_record(result, command.out)
+    print_audit(result, console)
+    console.print(f"report: [bold]{escape(str(write_report(result, command.out)))}[/bold]")
+    return 1 if result.problems else 0
+
+
 COMMANDS = {
     "simulate": Command(
         "many hospitals on this machine, end to end, with a report",
@@ -207,6 +222,25 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
   wardround ledger check file=statement.json             for the board: nothing else is needed""",
         _ledger,
     ),
+    "audit": Command(
+        "attack the private training installed here, and show what the attack can see",
+        """Audit the private training on this machine, with simulated patients. Nothing is spent of
+any real budget. It writes audit.json and audit.html, and ends with code 1 when a promise is broken
+or a check is blind.
+
+  white box     400 canaries with a known gradient through the engine's own clipping, sum, noise and
+                division, on the first 2 blocks of the model; six checks, for the installed engine
+                and for five that are sabotaged on purpose
+  whole rounds  the noise that leaves a hospital, against what its ledger was charged
+  black box     random notes planted in one hospital's training, 14 steps with privacy and 14
+                without: can the adapter's holder tell which?
+
+  wardround audit                                a few minutes on two cores
+  wardround audit privacy.epsilon=1 out=audit-1  another promise
+  wardround audit white_box.canaries=4000 white_box.blocks=null black_box.canaries=400
+                                                 proves more, takes an hour""",
+        _audit,
+    ),
 }
 
 
@@ -260,6 +294,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from client.node_key import NodeKeyError
     from client.notes.load import NotesError
     from client.privacy.ledger import LedgerError
+    from client.refusal import Refusal
     from client.site import SiteError
     from server.alignment.mediflow import InstructionsError
     from server.certificates import CertificateError
@@ -270,7 +305,7 @@ def _expected() -> tuple[type[Exception], ...]:
     return (
         ModelError, ClientDaemonError, NodeKeyError, NotesError, SiteError, InstructionsError,
         CertificateError, DaemonError, RoundFailed, SimulationError, LedgerError,
-        UnsupportedAdapter,
+        UnsupportedAdapter, Refusal,
         OSError,  # a disk that is full, a folder that may not be written
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CHUNK = 2048  # tokens whose logits exist at a time
@@ -40,7 +39,10 @@ def token_losses(model: nn.Module, ids: Tensor, lengths: Tensor) -> tuple[Tensor
     parts = []
     for chunk in ids.split(rows):
         logits = model(input_ids=chunk, use_cache=False).logits[:, :-1].float()
-        parts.append(F.cross_entropy(logits.transpose(1, 2), chunk[:, 1:], reduction="none"))
+        # Not cross_entropy: on the CPU its sum over 49,152 classes is naive where they are strided
+        # (a token's loss off by 2e-4), and its gradient is 13 times less accurate where not.
+        picked = logits.gather(2, chunk[:, 1:, None]).squeeze(2)
+        parts.append(logits.logsumexp(2) - picked)
     return torch.cat(parts) * mask, mask
 
 

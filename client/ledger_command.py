@@ -86,7 +86,7 @@ def _plan(command: LedgerCommand, console: Console) -> None:
         with Ledger.of(policy) as ledger:
             history = ledger.history()
     steps, spent = wanted.rounds * wanted.local_steps, epsilon(history, limits.delta)
-    what = f"{wanted.rounds} rounds of {wanted.local_steps} steps at q={wanted.sampling_rate:g}"
+    what = f"{wanted.rounds} x {wanted.local_steps} steps at q={wanted.sampling_rate:g}"
     console.print(f"spent so far: epsilon {spent:.3f} of {limits.epsilon:g}")
     try:
         sigma = _noise(wanted, steps, history, policy)
@@ -167,7 +167,7 @@ def _policy(command: LedgerCommand) -> SitePolicy:
 
 def _table(entries: list[Entry]) -> Table:
     table = Table("", "when (UTC)", "lineage", "run", "round", "state", title="reservations")
-    table.add_column("mechanism: q, noise, steps")
+    table.add_column("q, noise, steps")
     table.add_column("epsilon after", justify="right")
     ends = statement.closing(entries)
     for entry in (e for e in entries if e.state == "RESERVED"):
@@ -178,7 +178,7 @@ def _table(entries: list[Entry]) -> Table:
         )
         table.add_row(
             str(entry.seq),
-            body["at"].replace("T", " ").removesuffix("+00:00"),
+            body["at"][:16].replace("T", " "),
             escape(body["lineage"]),
             escape(str(body.get("run", ""))),
             str(body.get("round", "")),

@@ -9,10 +9,13 @@ from pydantic import Field, model_validator
 
 from conf.deployment import ClientSettings, ServerSettings
 from conf.schema import (
+    AdapterSettings,
     AlignmentSettings,
     ModelSettings,
     NotesSettings,
+    OptimizerSettings,
     Positive,
+    PrivacySettings,
     Settings,
     TrainingSettings,
 )
@@ -83,4 +86,42 @@ class LedgerCommand(Settings):
     def _figure_has_a_known_format(self) -> LedgerCommand:
         if self.figure and self.figure.suffix not in (".svg", ".png", ".pdf"):
             raise ValueError(f"figure={self.figure}: must end in .svg, .png or .pdf")
+        return self
+
+
+class PlantedGradients(Settings):
+    """The white box of an audit: canaries whose gradient is known, and sabotaged engines."""
+
+    canaries: Annotated[int, Field(ge=50, le=20_000)]  # a fair coin decides which are included
+    blocks: Annotated[int, Field(ge=1)] | None  # of the model, from its first; null keeps all
+    noise_multiplier: Positive  # of the one step that is attacked
+
+
+class PlantedNotes(Settings):
+    """The black box of an audit: canary notes at one hospital, and who can tell they were there."""
+
+    canaries: Annotated[int, Field(ge=10, le=10_000)]  # a fair coin decides which are trained on
+    controls: Annotated[int, Field(ge=100, le=10_000)]  # notes never trained on
+    patients: Annotated[int, Field(ge=1)]  # with ordinary notes, beside the canaries
+    population: Annotated[int, Field(ge=20, le=100_000)]  # notes=clinosim: of the catchment
+    steps: Annotated[int, Field(ge=1, le=10_000)]
+
+
+class AuditCommand(Settings):
+    """``wardround audit``."""
+
+    out: Path
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None
+    model: ModelSettings
+    adapter: AdapterSettings
+    privacy: PrivacySettings
+    optimizer: OptimizerSettings
+    notes: NotesSettings
+    white_box: PlantedGradients
+    black_box: PlantedNotes
+
+    @model_validator(mode="after")
+    def _something_is_promised(self) -> AuditCommand:
+        if not self.privacy.enabled:
+            raise ValueError("privacy=none: there is no promise to audit; the audit adds that arm")
         return self

@@ -24,6 +24,7 @@ from client.notes.load import load_notes
 from client.notes.note import Note
 from client.notes.split import split_units
 from client.site import read_policy
+from conf.commands import AuditCommand
 from conf.load import ConfigError
 from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
 from conf.schema import NotesSettings, RunSettings
@@ -84,9 +85,8 @@ def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hos
     sites = []
     for name, members in groups.items():
         notes = [note for member in members for note in origins[member]]
-        policy = _policy(
-            settings, folder, name, _write_notes(folder, name, members, origins), has_patients
-        )
+        file = _write_notes(folder, name, members, origins)
+        policy = site_policy(settings, folder.path, name, file, has_patients)
         text = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False)
         target = folder.path / "sites" / f"{name}.yaml"
         target.parent.mkdir(exist_ok=True)
@@ -171,11 +171,15 @@ def _write_notes(
     return target
 
 
-def _policy(
-    settings: RunSettings, folder: RunFolder, name: str, notes: Path, has_patients: bool
+def site_policy(
+    settings: RunSettings | AuditCommand, folder: Path, name: str, notes: Path, has_patients: bool
 ) -> SitePolicy:
-    """A policy that allows exactly the run's plan: simulated hospitals have no other wishes."""
-    privacy, root = settings.privacy, folder.path.resolve()
+    """A policy that allows exactly the run's plan: simulated hospitals have no other wishes.
+
+    ``notes`` is a JSONL file with ``text``, ``note_id``, ``patient`` and ``hospital``; the ledger
+    lies in ``folder``.
+    """
+    privacy, root = settings.privacy, folder.resolve()
     return SitePolicy(
         site=name,
         lineage=f"{name}-{settings.seed}",

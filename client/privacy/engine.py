@@ -3,128 +3,121 @@
     S = sum_u  g_u min(1, C / ||g_u||)          g_u = mean over the unit's notes of grad(note loss)
     gradient = (S + sigma C N(0, I)) / D        D a public constant
 
-Adding or removing one unit moves S by at most C in L2 norm, whatever else is in the batch: the
-loss of a note is the mean over its own tokens, a unit's notes are averaged before they are clipped,
-and clipping is per unit over all trained parameters together.
+Adding or removing one unit moves S by at most C in L2 norm, whatever else is in the batch, and not
+only in exact arithmetic:
 
-Units go through the model one at a time, so that what a unit adds is a function of that unit alone,
-bit for bit. In a shared batch float32 rounding depends on the mates, and a hostile adapter (factors
-that cancel but for rounding) can amplify that beyond C. A unit whose gradient is not finite adds
-zero: to refuse instead would tell the coordinator who was in the batch. Per-note gradients come
-from Opacus hooks in non-wrapping mode, so the model stays a plain PEFT model.
+- the loss of a note is the mean over its own tokens, a unit's notes are averaged before they are
+  clipped, and clipping is per unit over all trained parameters together;
+- a note's gradient is computed in a shape that depends on that note alone (``microbatch``), so it
+  is the same bit for bit whatever else is in the batch and however the batch is cut;
+- a clipped gradient is truncated to multiples of a grid so fine that nothing is lost and so coarse
+  that float64 adds them without rounding: the sum does not depend on the order of its terms;
+- a unit whose gradient is not finite adds zero. To refuse instead would tell the coordinator, who
+  chose the adapter, who was in the batch.
+
+What is released is rounded to a coarser public grid after the noise is in, so that its low bits
+hold nothing of how it was computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleHooks
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapters.likelihood import note_losses, pad_right
+from client.privacy.microbatch import Unit, cut
+from client.privacy.per_note import Engine, per_note_gradients, trained_parameters
 
-Tokens = Sequence[int]
-Unit = Sequence[Tokens]  # a patient: token rows of the notes chosen for this step
+_SUM_GRID = 40  # binary digits of C that are kept
+_MOST_UNITS = 2**12  # each of at most 2^41 grid steps: their sum stays within float64's 2^53
+_RELEASE_GRID = 2.0**-20  # of the noise's standard deviation
 
-
-class GradientError(RuntimeError):
-    """A per-unit gradient was missing or misshapen; the step must not be released."""
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a step moves, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+Gradient = dict[str, Tensor]
 
 
-@contextmanager
-def per_note_gradients(model: PeftModel) -> Iterator[None]:
-    """While open, a backward pass leaves ``grad_sample`` (notes, *shape) on trained parameters."""
-    modules = {
-        module
-        for module in model.modules()
-        if any(p.requires_grad for p in module.parameters(recurse=False))
-    }
-    for module in modules:
-        module.training = True  # Opacus records only training modules; dropout elsewhere stays off
-    hooks = GradSampleHooks(model, loss_reduction="sum")
-    try:
-        yield
-    finally:
-        hooks.cleanup()
-        for module in modules:
-            module.training = False
-        model.zero_grad(set_to_none=True)
+def unit_gradients(
+    model: PeftModel, units: Sequence[Unit], engine: Engine = "fast", micro_tokens: int = 0
+) -> Iterator[tuple[int, Tensor]]:
+    """Each unit's index and gradient, (parameters) float64, all trained parameters in one vector.
 
-
-def unit_gradients(model: PeftModel, units: Sequence[Unit]) -> dict[str, Tensor]:
-    """Gradient of each unit's mean note loss, (units, *shape) by parameter name.
-
-    Must run inside ``per_note_gradients``. Raises GradientError when a gradient is missing or has
-    the wrong shape: no data can cause that, only a model that Opacus cannot handle.
+    A unit comes when its last note is computed; one whose notes lie in several micro-batches is
+    kept until then. A unit without notes has no gradient and does not come.
     """
-    rows = [tokens for unit in units for tokens in unit]
-    owner = torch.tensor([i for i, unit in enumerate(units) for _ in unit])
-    ids, lengths = pad_right(rows)
-    note_losses(model, ids, lengths).sum().backward()
-
-    counts = torch.bincount(owner, minlength=len(units)).float()
-    gradients = {}
-    for name, p in trained_parameters(model).items():
-        per_note = getattr(p, "grad_sample", None)
-        if not isinstance(per_note, Tensor) or per_note.shape != (len(rows), *p.shape):
-            raise GradientError(f"no per-note gradient for {name}")
-        total = torch.zeros(len(units), *p.shape, device=p.device)
-        total.index_add_(0, owner.to(p.device), per_note.float())
-        gradients[name] = total / counts.to(p.device).view(-1, *[1] * p.ndim)
-        p.grad_sample = None  # type: ignore[attr-defined]
-        p.grad = None
-    return gradients
-
-
-def clip_factors(gradients: dict[str, Tensor], clip_norm: float) -> Tensor:
-    """min(1, C / ||g_u||) for each unit, (units) float64, norms over all parameters together."""
-    squares = sum(g.double().flatten(1).square().sum(1) for g in gradients.values())
-    norms = torch.as_tensor(squares).sqrt()
-    return clip_norm / norms.clamp(min=clip_norm)
+    parts: dict[int, Tensor] = {}
+    missing = [len(unit) for unit in units]
+    with per_note_gradients(model, engine) as gradients:
+        for batch in cut(units, micro_tokens):
+            found = gradients(batch.ids, batch.lengths)
+            rows = torch.cat([found[name].flatten(1) for name in trained_parameters(model)], 1)
+            # The notes of a unit are added in the order of their lengths, then of the unit: an
+            # order that depends on that unit alone.
+            for row, owner in zip(rows, batch.owners):  # noqa: B905  (empty rows have no owner)
+                own = row.double()
+                if owner in parts:
+                    own += parts.pop(owner)
+                missing[owner] -= 1
+                if missing[owner]:
+                    parts[owner] = own
+                else:
+                    yield owner, own / len(units[owner])
 
 
-def clipped_sum(model: PeftModel, units: Sequence[Unit], clip_norm: float) -> dict[str, Tensor]:
-    """Sum of clipped unit gradients in float64, by parameter name; zeros for an empty batch."""
-    total = {
-        name: torch.zeros(p.shape, dtype=torch.float64, device=p.device)
-        for name, p in trained_parameters(model).items()
-    }
-    with per_note_gradients(model):
-        for unit in units:
-            gradients = unit_gradients(model, [unit])
-            if not all(torch.isfinite(g).all() for g in gradients.values()):
-                continue  # not a factor of zero: 0 * NaN is NaN
-            factor = clip_factors(gradients, clip_norm)[0]
-            for name, g in gradients.items():
-                total[name] += factor.to(g.device) * g[0].double()
-    return total
+def clip_factor(norm: float, clip_norm: float) -> float:
+    """min(1, C / ||g||): what a gradient of norm ``norm`` is multiplied by."""
+    return clip_norm / max(norm, clip_norm)
+
+
+def clipped_sum(
+    model: PeftModel,
+    units: Sequence[Unit],
+    clip_norm: float,
+    engine: Engine = "fast",
+    micro_tokens: int = 0,
+) -> Gradient:
+    """Sum of clipped unit gradients in float64, by parameter name; zeros for an empty batch.
+
+    ``micro_tokens`` is about how many tokens go through the model at a time (0: one note). Raises
+    ValueError for more than 4,096 units, where the sum would no longer be exact, and GradientError
+    where the engine cannot handle the model.
+    """
+    if len(units) > _MOST_UNITS:
+        raise ValueError(f"{len(units)} units in a step, at most {_MOST_UNITS} are allowed")
+    parameters = trained_parameters(model)
+    sizes = [p.numel() for p in parameters.values()]
+    grid = 2.0 ** (math.floor(math.log2(clip_norm)) - _SUM_GRID)  # a power of two: exact products
+    device = next(iter(parameters.values())).device
+    total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    for _, gradient in unit_gradients(model, units, engine, micro_tokens) if units else ():
+        norm = float(gradient.norm())
+        if math.isfinite(norm):  # else it adds zero; a factor of zero would not do: 0 * NaN is NaN
+            # Truncated towards zero, so that it is never longer than C.
+            total += gradient.mul_(clip_factor(norm, clip_norm) / grid).trunc_()
+    split = (total * grid).split(sizes)
+    return {n: part.view(p.shape) for part, (n, p) in zip(split, parameters.items(), strict=True)}
 
 
 def noised_mean(
-    total: dict[str, Tensor],
+    total: Gradient,
     noise_std: float,
     denominator: int,
     normal: Callable[[int], np.ndarray] | None,
-) -> dict[str, Tensor]:
+) -> Gradient:
     """(S + noise_std N(0, I)) / denominator, float64; ``normal`` None adds no noise.
 
-    Raises ValueError when noise is asked for and there is nothing to draw it from, or the reverse.
+    With noise the sum is rounded to multiples of ``noise_std`` / 2^20 before it is divided. Raises
+    ValueError when noise is asked for and there is nothing to draw it from, or the reverse.
     """
     if (noise_std > 0) != (normal is not None):
         raise ValueError("noise_std and a source of noise go together")
     released = {}
+    grid = noise_std * _RELEASE_GRID
     for name, s in total.items():
         if normal is not None:
             noise = torch.from_numpy(normal(s.numel()).reshape(tuple(s.shape)))
-            s = s + noise_std * noise.to(s.device)
+            s = torch.round((s + noise_std * noise.to(s.device)) / grid) * grid
         released[name] = s / denominator
     return released

@@ -9,7 +9,14 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from conf.commands import AlignCommand, ClientCommand, EvaluateCommand, ServerCommand
+from conf.commands import (
+    AlignCommand,
+    AuditCommand,
+    ClientCommand,
+    EvaluateCommand,
+    LedgerCommand,
+    ServerCommand,
+)
 from conf.load import FOLDER, ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 from wardround import COMMANDS
@@ -20,6 +27,8 @@ KINDS: dict[str, type[BaseModel]] = {
     "client": ClientCommand,
     "align": AlignCommand,
     "evaluate": EvaluateCommand,
+    "ledger": LedgerCommand,
+    "audit": AuditCommand,
 }
 NEEDED = {  # what a command, or a choice, cannot do without
     "align": ["adapter=merged", "out=aligned"],
@@ -58,7 +67,7 @@ def test_every_command_has_its_file_and_every_file_its_command() -> None:
     assert files == set(COMMANDS) == set(KINDS)
 
 
-@pytest.mark.parametrize("command", ["simulate", "server", "client", "align", "evaluate"])
+@pytest.mark.parametrize("command", ["simulate", "server", "client", "align", "evaluate", "ledger"])
 def test_the_defaults_of_every_command_are_valid(command: str) -> None:
     assert isinstance(compose(command), KINDS[command])
 

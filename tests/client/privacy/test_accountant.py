@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from client.privacy import accountant
 from client.privacy.accountant import (
@@ -12,6 +17,8 @@ from client.privacy.accountant import (
     calibrate,
     epsilon,
     epsilon_prv,
+    epsilon_rdp,
+    steps_within,
 )
 
 DELTA = 1e-5
@@ -87,3 +94,54 @@ def test_accountants_that_disagree_stop_everything(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(accountant, "epsilon_prv", lambda history, delta: 1.5)
     with pytest.raises(AccountingError, match=r"PRV says 1\.5"):
         epsilon((GaussianSteps(0.11, 0.77, 13),), DELTA)
+
+
+@pytest.mark.parametrize(
+    "charge", [(1.0, 8.0, 1), (1.0, 50.0, 2), (0.1, 8.0, 1), (0.01, 2.0, 10), (0.01, 20.0, 10)]
+)
+def test_accountants_agree_on_what_is_cheap(charge: tuple[float, float, int]) -> None:
+    """PRV adds its own error bound, which must not read as a disagreement."""
+    assert 0 < epsilon((GaussianSteps(*charge),), DELTA) < 0.5
+
+
+def test_renyi_is_a_looser_bound_and_as_published() -> None:
+    """N=5000, B=64, sigma=0.8, 200 steps: RDP 2.838 where PLD says 2.218; q=1, sigma=5: 7.077."""
+    sampled, full = (GaussianSteps(64 / 5000, 0.8, 200),), (GaussianSteps(1.0, 5.0, 50),)
+    assert epsilon_rdp(sampled, DELTA) == pytest.approx(2.838, abs=0.005)
+    assert epsilon_rdp(full, DELTA) == pytest.approx(7.077, abs=0.005)
+    assert epsilon_rdp((), DELTA) == 0.0
+    for history in (full, (GaussianSteps(1.0, 8.0, 1),), (*full, GaussianSteps(1.0, 8.0, 3))):
+        assert epsilon(history, DELTA) < epsilon_rdp(history, DELTA)
+        one_order = epsilon_rdp(history, DELTA, 3.0)
+        assert epsilon_rdp(history, DELTA) <= one_order
+    alpha = 3.0  # of q = 1: rho = alpha n / (2 sigma^2); conversion of Canonne et al. 2020
+    rho = alpha * 50 / (2 * 25)
+    expected = rho + math.log((alpha - 1) / alpha) - (math.log(DELTA) + math.log(alpha)) / 2
+    assert epsilon_rdp(full, DELTA, alpha) == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    history=st.lists(
+        st.builds(GaussianSteps, st.just(1.0), st.sampled_from([4.0, 8.0]), st.integers(1, 3)),
+        max_size=4,
+    ),
+    more=st.builds(GaussianSteps, st.just(1.0), st.sampled_from([4.0, 8.0]), st.integers(1, 3)),
+    seed=st.randoms(use_true_random=False),
+)
+def test_more_never_costs_less_and_order_does_not_matter(
+    history: list[GaussianSteps], more: GaussianSteps, seed: random.Random
+) -> None:
+    mixed = seed.sample([*history, more], len(history) + 1)
+    for cost in (epsilon, epsilon_rdp):
+        longer = cost((*history, more), DELTA)
+        assert longer > cost(tuple(history), DELTA)
+        assert longer == cost(tuple(mixed), DELTA)
+
+
+def test_steps_within_a_budget_are_the_most_that_fit() -> None:
+    history = (GaussianSteps(1.0, 8.0, 3),)
+    fit = steps_within(history, 1.0, 8.0, 2.0, DELTA)
+    assert epsilon((*history, GaussianSteps(1.0, 8.0, fit)), DELTA) <= 2.0
+    assert epsilon((*history, GaussianSteps(1.0, 8.0, fit + 1)), DELTA) > 2.0
+    assert steps_within(history, 1.0, 8.0, 0.5, DELTA) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,14 +16,9 @@ from adapters import lora
 from adapters.adapter import AdapterSpec
 from adapters.base_model import load_base
 from adapters.likelihood import note_losses, pad_right, token_losses
-from client.privacy.engine import (
-    clip_factors,
-    clipped_sum,
-    noised_mean,
-    per_note_gradients,
-    trained_parameters,
-    unit_gradients,
-)
+from client.privacy import per_note
+from client.privacy.engine import clip_factor, clipped_sum, noised_mean, unit_gradients
+from client.privacy.per_note import Engine, per_note_gradients, trained_parameters
 from client.privacy.randomness import SecureRandomness
 from conf.schema import ModelSettings
 
@@ -65,6 +61,18 @@ def loop_gradients(model: PeftModel, units: list[list[list[int]]]) -> dict[str, 
     return {name: torch.stack(g) for name, g in out.items()}
 
 
+def vectors(
+    model: PeftModel, units: list[list[list[int]]], engine: Engine = "fast", micro: int = 0
+) -> torch.Tensor:
+    """Unit gradients by the engine, (units, parameters), in the order of the units."""
+    found = dict(unit_gradients(model, units, engine, micro))
+    return torch.stack([found[i] for i in range(len(units))])
+
+
+def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([g.double().flatten(1) for g in gradients.values()], 1)
+
+
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[n].double() - other[n].double()).abs().max()) for n in one)
@@ -74,11 +82,16 @@ def size(gradient: dict[str, torch.Tensor]) -> float:
     return float(sum(g.double().square().sum() for g in gradient.values())) ** 0.5
 
 
-def test_unit_gradients_equal_a_loop_of_single_notes(model: PeftModel) -> None:
-    with per_note_gradients(model):
-        batched = unit_gradients(model, UNITS)
-    assert difference(batched, loop_gradients(model, UNITS)) < 1e-6
-    assert all(float(g.abs().max()) > 0 for g in batched.values())
+@pytest.mark.parametrize("engine", ["fast", "opacus"])
+@pytest.mark.parametrize("micro", [0, 16, 48, 4096])
+def test_unit_gradients_equal_a_loop_of_single_notes(
+    model: PeftModel, engine: Engine, micro: int
+) -> None:
+    expected = flat(loop_gradients(model, UNITS))
+    found = vectors(model, UNITS, engine, micro)
+    assert float((found - expected).abs().max()) < 1e-6
+    widths = [p.numel() for p in trained_parameters(model).values()]
+    assert all(float(part.abs().max()) > 0 for part in found.split(widths, 1))
 
 
 @settings(deadline=None, max_examples=15)
@@ -107,11 +120,18 @@ def test_one_unit_moves_the_sum_by_at_most_C(
 
 
 def test_small_gradients_are_not_clipped(model: PeftModel) -> None:
-    with per_note_gradients(model):
-        gradients = unit_gradients(model, UNITS)
-    assert torch.equal(clip_factors(gradients, 1e6), torch.ones(len(UNITS), dtype=torch.float64))
-    expected = {n: g.double().sum(0) for n, g in gradients.items()}
-    assert difference(clipped_sum(model, UNITS, 1e6), expected) < 1e-6
+    assert clip_factor(0.5, 0.5) == clip_factor(0.0, 0.5) == 1.0
+    assert clip_factor(2.0, 0.5) == 0.25
+    expected = vectors(model, UNITS).sum(0)
+    total = clipped_sum(model, UNITS, 10.0)
+    found = torch.cat([t.flatten() for t in total.values()])
+    assert float((found - expected).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.05])
+def test_a_clipped_unit_is_never_longer_than_C(model: PeftModel, clip: float) -> None:
+    for unit in UNITS:
+        assert clip * (1 - 1e-6) < size(clipped_sum(model, [unit], clip)) <= clip
 
 
 def test_an_empty_batch_is_a_noise_only_step(model: PeftModel) -> None:
@@ -121,25 +141,59 @@ def test_an_empty_batch_is_a_noise_only_step(model: PeftModel) -> None:
     assert all(t.any() for t in released.values())
 
 
-def test_hooks_are_gone_and_dropout_stays_off_afterwards(model: PeftModel) -> None:
-    with per_note_gradients(model):
-        pass
+@pytest.mark.parametrize("engine", ["fast", "opacus"])
+def test_the_model_is_as_before_afterwards(model: PeftModel, engine: Engine) -> None:
+    ids, lengths = pad_right([[3, 4, 5]])
+    before = note_losses(model, ids, lengths)
+    with per_note_gradients(model, engine) as gradients:
+        gradients(ids, lengths)
     assert not hasattr(model, "autograd_grad_sample_hooks")
     assert not any(m.training for m in model.modules())
-    note_losses(model, *pad_right([[3, 4, 5]])).sum().backward()
-    assert all(getattr(p, "grad_sample", None) is None for p in model.parameters())
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert torch.equal(note_losses(model, ids, lengths), before)
+    note_losses(model, ids, lengths).sum().backward()
+    for p in trained_parameters(model).values():
+        assert getattr(p, "grad_sample", None) is None
+        assert p.grad is not None
     model.zero_grad(set_to_none=True)
 
 
-def test_batch_mates_change_nothing_bit_for_bit(model: PeftModel) -> None:
+def test_the_fast_engine_never_forms_the_summed_gradient(model: PeftModel) -> None:
+    clipped_sum(model, UNITS, 1.0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+MICRO = [0, 20, 64, 4096]
+
+
+@pytest.mark.parametrize("micro", MICRO)
+def test_batch_mates_change_nothing_bit_for_bit(model: PeftModel, micro: int) -> None:
     """What a unit adds is a function of that unit alone: no rounding for an adapter to amplify."""
-    alone = [clipped_sum(model, [unit], 0.5) for unit in UNITS]
-    together = clipped_sum(model, UNITS, 0.5)
+    alone = [clipped_sum(model, [unit], 0.05, micro_tokens=micro) for unit in UNITS]
+    together = clipped_sum(model, UNITS, 0.05, micro_tokens=micro)
+    backwards = clipped_sum(model, UNITS[::-1], 0.05, micro_tokens=micro)
     for name in together:
-        expected = torch.zeros_like(together[name])
-        for one in alone:
-            expected += one[name]
+        expected = sum((one[name] for one in alone), torch.zeros_like(together[name]))
         assert torch.equal(together[name], expected)
+        assert torch.equal(backwards[name], expected)
+
+
+def test_shapes_that_follow_the_batch_would_not_be_independent(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sabotage: pad to the longest note at hand, and a note's bits depend on its mates."""
+    draw = np.random.default_rng(5)
+    units = [[draw.integers(2, 250, n).tolist()] for n in (3, 40, 90, 200)]
+
+    def bits(units: list[list[list[int]]]) -> torch.Tensor:
+        return vectors(model, units, micro=4096)[0]
+
+    assert torch.equal(bits(units), bits(units[:1]))
+    monkeypatch.setattr("client.privacy.microbatch.bucket", lambda length: 200)
+    longer = bits(units)
+    monkeypatch.setattr("client.privacy.microbatch.bucket", lambda length: length)
+    assert not torch.equal(longer, bits(units[:1]))
+    torch.testing.assert_close(longer, bits(units[:1]), rtol=1e-3, atol=1e-5)
 
 
 def test_a_unit_that_overflows_adds_zero_and_tells_nobody(tiny_model: Path) -> None:
@@ -202,9 +256,10 @@ def test_embedded_model_equals_the_loop_and_moves_every_trained_tensor() -> None
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.005)
     units = [[base.tokenizer(note).input_ids for note in notes] for notes in NOTES]
-    with per_note_gradients(real_model):
-        batched = unit_gradients(real_model, units)
-    assert difference(batched, loop_gradients(real_model, units)) < 1e-5
+    expected = flat(loop_gradients(real_model, units))
+    for engine, micro in (("fast", 0), ("fast", 128), ("opacus", 0)):
+        found = vectors(real_model, units, cast(Engine, engine), micro)
+        assert float((found - expected).abs().max()) < 1e-5
     before = {n: p.detach().clone() for n, p in trained_parameters(real_model).items()}
     released = noised_mean(clipped_sum(real_model, units, 1.0), 0.0, 3, None)
     optimizer = torch.optim.SGD(trained_parameters(real_model).values(), lr=1.0)
@@ -215,18 +270,19 @@ def test_embedded_model_equals_the_loop_and_moves_every_trained_tensor() -> None
     assert still == []
 
 
-def test_batch_averaged_loss_would_break_the_promise(model: PeftModel) -> None:
+def test_batch_averaged_loss_would_break_the_promise(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sabotage: averaging over the tokens of the batch lets batch mates change a gradient."""
 
-    def gradients(rows: list[list[int]]) -> torch.Tensor:
-        ids, lengths = pad_right(rows)
-        with per_note_gradients(model):
-            losses, mask = token_losses(model, ids, lengths)
-            (losses.sum() / mask.sum() * len(rows)).backward()
-            first = [p.grad_sample[0].clone() for p in trained_parameters(model).values()]
-        for p in model.parameters():
-            p.grad_sample = None
-        return torch.cat([g.flatten() for g in first])
+    def averaged(model: PeftModel, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        losses, mask = token_losses(model, ids, lengths)
+        return losses.sum(1) / mask.sum() * len(ids)
 
-    alone, accompanied = gradients([UNITS[0][0]]), gradients([UNITS[0][0], UNITS[1][0]])
+    units = [[[9, 2, 2, 41]], [[7, 7, 3]], [[11, 12, 13, 14, 15]]]
+    honest = vectors(model, units, "opacus", 64)[0]
+    torch.testing.assert_close(vectors(model, units[:1], "opacus", 64)[0], honest)
+    monkeypatch.setattr(per_note, "note_losses", averaged)
+    accompanied = vectors(model, units, "opacus", 64)[0]
+    alone = vectors(model, units[:1], "opacus", 64)[0]
     assert float((alone - accompanied).norm() / alone.norm()) > 0.05

@@ -1,0 +1,1 @@
+"""``wardround audit``: attacks on our own private training, reported beside what it promises."""

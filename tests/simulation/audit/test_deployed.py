@@ -1,0 +1,76 @@
+"""The noise of whole rounds: measured on the code that a hospital runs, sound and sabotaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters import lora
+from adapters.adapter import Adapter
+from adapters.base_model import load_base
+from client import training
+from client.privacy.engine import noised_mean
+from conf.commands import AuditCommand
+from simulation.audit.deployed import deployed_noise
+from simulation.audit.hospital import spec
+
+Start = tuple[Adapter, str]
+
+
+@pytest.fixture(scope="module")
+def start(tiny_audit: AuditCommand) -> Start:
+    base = load_base(tiny_audit.model)
+    return lora.initial(base.model, spec(tiny_audit), 1), base.fingerprint
+
+
+def failed(settings: AuditCommand, folder: Path, start: Start) -> set[str]:
+    found = deployed_noise(settings, folder, start)
+    assert [f.check for f in found] == ["noise", "constant", "fresh noise"]
+    return {f.check for f in found if not f.passed}
+
+
+def test_rounds_leave_the_noise_that_was_charged(
+    tiny_audit: AuditCommand, tmp_path: Path, start: Start
+) -> None:
+    assert failed(tiny_audit, tmp_path, start) == set()
+
+
+def test_less_noise_than_was_charged_is_seen(
+    tiny_audit: AuditCommand, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training, "noised_mean", lambda s, std, d, n: noised_mean(s, 0.7 * std, d, n)
+    )
+    assert failed(tiny_audit, tmp_path, start) == {"noise"}
+
+
+def test_noise_from_a_seed_is_seen(
+    tiny_audit: AuditCommand, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seeded(training.SecureRandomness):
+        def normal(self, n: int) -> np.ndarray:
+            return np.random.default_rng(n).standard_normal(n)
+
+    monkeypatch.setattr(training, "SecureRandomness", Seeded)
+    assert "fresh noise" in failed(tiny_audit, tmp_path, start)
+
+
+def test_a_scale_that_follows_the_number_of_patients_is_seen(
+    tiny_audit: AuditCommand, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    real = training.training_units
+
+    def counted(*arguments: object) -> object:
+        units, has_patients = real(*arguments)  # type: ignore[arg-type]
+        sizes.append(len(units))
+        return units, has_patients
+
+    monkeypatch.setattr(training, "training_units", counted)
+    monkeypatch.setattr(
+        training, "noised_mean", lambda s, std, d, n: noised_mean(s, std, sizes[-1] // 4, n)
+    )
+    assert "constant" in failed(tiny_audit, tmp_path, start)
+    assert sizes == [40, 40, 80]
