@@ -211,7 +211,6 @@ def site_policy(
             max_rank=settings.adapter.rank,
             targets=settings.adapter.targets,
             train=(settings.adapter.train,),
-            strategies=(settings.strategy.name,),
         ),
     )
 
