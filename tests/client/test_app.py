@@ -295,7 +295,7 @@ def test_no_note_is_in_the_reply_or_the_log_of_an_honest_round(
         ("client.training.authorise", Reason.INTERNAL),
         ("client.training.calibrate", Reason.INTERNAL),
         ("client.training.poisson_sample", Reason.TRAINING_FAILED),
-        ("client.privacy.engine.note_losses", Reason.TRAINING_FAILED),
+        ("client.privacy.engine.per_note_gradients", Reason.TRAINING_FAILED),
         ("client.training.noised_mean", Reason.TRAINING_FAILED),
         ("client.training.Gate.release", Reason.TRAINING_FAILED),
         ("client.training.SharedNumbers.counts", Reason.TRAINING_FAILED),
