@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from conf.deployment import is_address
 from conf.quiet_hours import parse
 from conf.schema import (
+    MAX_CLIP_NORM,
     ComputeSettings,
     ModelSettings,
     NotesSettings,
@@ -47,7 +48,7 @@ class PrivacyLimits(Settings):
     delta: Annotated[float, Field(gt=0, lt=0.01)]
     min_noise_multiplier: Annotated[float, Field(ge=0, le=100)] = 0.5  # a floor, not a wish
     max_sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_clip_norm: Positive = 10.0
+    max_clip_norm: Annotated[float, Field(gt=0, le=MAX_CLIP_NORM)] = 10.0
     max_notes_per_unit: Annotated[int, Field(ge=1, le=64)] = 8
     max_tokens: Annotated[int, Field(ge=8, le=8192)] = 2048  # of each note
 

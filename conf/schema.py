@@ -46,6 +46,9 @@ class AdapterSettings(Settings):
     train: TrainedFactors
 
 
+MAX_CLIP_NORM = 16.0  # up to here the engine adds clipped gradients without rounding
+
+
 class PrivacySettings(Settings):
     """The differential privacy asked for by the coordinator's plan.
 
@@ -62,6 +65,14 @@ class PrivacySettings(Settings):
     denominator: Annotated[int, Field(ge=1)]  # units a step is divided by
     max_notes_per_unit: Annotated[int, Field(ge=1, le=64)]
     max_tokens: Annotated[int, Field(ge=8, le=8192)]  # of each note, from its start
+
+    @model_validator(mode="after")
+    def _sums_are_exact(self) -> PrivacySettings:
+        if self.enabled and self.clip_norm > MAX_CLIP_NORM:
+            raise ValueError(
+                f"privacy.clip_norm={self.clip_norm:g}: at most {MAX_CLIP_NORM:g} with privacy on"
+            )
+        return self
 
 
 class ComputeSettings(Settings):

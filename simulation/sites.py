@@ -27,7 +27,7 @@ from client.site import read_policy
 from conf.commands import AuditCommand
 from conf.load import ConfigError
 from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
-from conf.schema import NotesSettings, RunSettings
+from conf.schema import MAX_CLIP_NORM, NotesSettings, RunSettings
 from server.run_folder import RunFolder, write_atomically
 from simulation.cohort import hospital_orders, simulate
 
@@ -204,7 +204,7 @@ def site_policy(
             delta=privacy.delta,
             min_noise_multiplier=0.0,
             max_sampling_rate=privacy.sampling_rate,
-            max_clip_norm=privacy.clip_norm,
+            max_clip_norm=min(privacy.clip_norm, MAX_CLIP_NORM),
             max_notes_per_unit=privacy.max_notes_per_unit,
             max_tokens=privacy.max_tokens,
         ),

@@ -31,9 +31,12 @@ from torch import Tensor
 
 from client.privacy.microbatch import Unit, cut
 from client.privacy.per_note import Engine, per_note_gradients, trained_parameters
+from conf.schema import MAX_CLIP_NORM
 
-_SUM_GRID = 40  # binary digits of C that are kept
-_MOST_UNITS = 2**12  # each of at most 2^41 grid steps: their sum stays within float64's 2^53
+# Binary digits of C that are kept: each unit is at most 2^41 grid steps, so float64 (2^53) adds
+# 4,096 units exactly. Above the largest C of private runs the grid stays as it is, or small
+# gradients would be lost in it.
+_SUM_GRID = 40
 _RELEASE_GRID = 2.0**-20  # of the noise's standard deviation
 
 Gradient = dict[str, Tensor]
@@ -80,15 +83,14 @@ def clipped_sum(
 ) -> Gradient:
     """Sum of clipped unit gradients in float64, by parameter name; zeros for an empty batch.
 
-    ``micro_tokens`` is about how many tokens go through the model at a time (0: one note). Raises
-    ValueError for more than 4,096 units, where the sum would no longer be exact, and GradientError
+    ``micro_tokens`` is about how many tokens go through the model at a time (0: one note). The sum
+    is exact for 4,096 units and more where they do not all point the same way. Raises GradientError
     where the engine cannot handle the model.
     """
-    if len(units) > _MOST_UNITS:
-        raise ValueError(f"{len(units)} units in a step, at most {_MOST_UNITS} are allowed")
     parameters = trained_parameters(model)
     sizes = [p.numel() for p in parameters.values()]
-    grid = 2.0 ** (math.floor(math.log2(clip_norm)) - _SUM_GRID)  # a power of two: exact products
+    # A power of two, so that multiplying by it is exact.
+    grid = 2.0 ** (math.floor(math.log2(min(clip_norm, MAX_CLIP_NORM))) - _SUM_GRID)
     device = next(iter(parameters.values())).device
     total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     for _, gradient in unit_gradients(model, units, engine, micro_tokens) if units else ():

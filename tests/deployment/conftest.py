@@ -95,7 +95,7 @@ def policies(tmp_path: Path, tiny_model: Path, notes_file: Path) -> list[Path]:
             "ledger": str(tmp_path / f"{site}.sqlite"),
             "notes": {"source": "jsonl", "path": str(own), "patient_field": "pid"},
             "model": {"source": "path", "path": str(tiny_model)},
-            "privacy": {"required": False, "epsilon": 8.0, "delta": 1e-5, "max_clip_norm": 1e6},
+            "privacy": {"required": False, "epsilon": 8.0, "delta": 1e-5},
         }
         paths.append(tmp_path / "policies" / f"{site}.yaml")
         paths[-1].parent.mkdir(exist_ok=True)

@@ -205,7 +205,6 @@ def test_the_policy_allows_the_plan_and_no_more(make: Make, tmp_path: Path) -> N
     assert {policy.share.counts, policy.share.losses, policy.share.scores} == {"never"}
     assert policy.privacy.max_sampling_rate == 0.25
     assert policy.adapter.train == ("B",)
-    assert policy.adapter.strategies == ("fedsvd",)
     assert policy.ledger == tmp_path / "run" / "ledger" / "a.sqlite"
     assert policy.notes.path == tmp_path / "run" / "notes" / "a.jsonl"
 

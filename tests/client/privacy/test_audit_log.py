@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -89,6 +90,20 @@ def test_a_line_that_was_changed_removed_doubled_or_moved_shows(
         return
     with pytest.raises(AuditLogError, match=r"breaks at line|lines are missing"):
         verify(changed, written)
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_a_line_forged_with_a_hash_of_its_own_shows(i: int, path: Path, written: list[str]) -> None:
+    """The next line names the hash it followed; the last one's hash is the ledger's to know."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    entry: dict[str, Any] = json.loads(lines[i])
+    body = {key: value for key, value in entry.items() if key != "hash"} | {"bytes": 1}
+    forged = body | {"hash": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+    lines[i] = json.dumps(forged).encode() + b"\n"
+    path.write_bytes(b"".join(lines))
+    expected = f"breaks at line {i + 2}" if i < 5 else "1 of them known to the ledger"
+    with pytest.raises(AuditLogError, match=expected):
+        verify(path, written)
 
 
 def test_lines_cut_off_at_the_end_show_against_what_the_ledger_knows(
