@@ -19,7 +19,7 @@ import wardround
 from conf.load import groups
 from server.run_folder import RunFolder
 
-ALL = ["simulate", "server", "client", "align", "evaluate", "ledger"]
+ALL = ["simulate", "server", "client", "align", "evaluate", "ledger", "audit"]
 
 
 def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
@@ -76,6 +76,7 @@ def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
     """Every example composes; what stands for a file of the person's own is replaced by one."""
     from conf.commands import (
         AlignCommand,
+        AuditCommand,
         ClientCommand,
         EvaluateCommand,
         LedgerCommand,
@@ -87,7 +88,7 @@ def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
     kinds = {
         "simulate": RunSettings, "server": ServerCommand, "client": ClientCommand,
         "align": AlignCommand, "evaluate": EvaluateCommand,
-        "ledger": LedgerCommand,
+        "ledger": LedgerCommand, "audit": AuditCommand,
     }  # fmt: skip
     checked = 0
     for name, command in wardround.COMMANDS.items():

@@ -22,6 +22,7 @@ from functools import lru_cache
 from importlib.metadata import version
 
 import dp_accounting
+import numpy as np
 from dp_accounting import PrivacyAccountant
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
@@ -92,7 +93,8 @@ def epsilon_prv(history: Sequence[GaussianSteps], delta: float) -> float:
     accountant = PRVAccountant()
     events = _merged(history)
     accountant.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in events]
-    return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR))
+    with np.errstate(divide="ignore"):  # it takes the log of zero where it then does not use it
+        return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR))
 
 
 def epsilon_rdp(history: History, delta: float, order: float | None = None) -> float:

@@ -104,7 +104,7 @@ def test_every_hospital_that_refuses_is_named_when_too_few_are_left(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("client.training.training_units", _unusable)
+    monkeypatch.setattr("client.training.site_units", _unusable)
     assert wardround.main([*command, "alignment=none"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wardround: round 1: 0 of at least 1 hospitals answered (")

@@ -65,7 +65,7 @@ def test_without_privacy_no_ledger_is_opened_and_the_run_says_so(go: Run) -> Non
     notice = "privacy is off: nothing this run produces is protected"
     assert notice in said
     assert summary["notices"] == [notice]
-    assert not (folder.path / "ledger").exists()
+    assert not list(folder.path.rglob("*.sqlite"))
     assert summary["privacy"]["enabled"] is False
     assert summary["privacy"]["epsilon_budget"] is None
     assert all(hospital["epsilon"] is None for hospital in summary["hospitals"].values())

@@ -13,6 +13,7 @@ from adapters.base_model import load_base
 from client import training
 from client.privacy.engine import noised_mean
 from conf.commands import AuditCommand
+from conf.policy import SitePolicy
 from simulation.audit.deployed import deployed_noise
 from simulation.audit.hospital import spec
 
@@ -61,14 +62,14 @@ def test_a_scale_that_follows_the_number_of_patients_is_seen(
     tiny_audit: AuditCommand, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    real = training.training_units
+    real = training.site_units
 
-    def counted(*arguments: object) -> object:
-        units, has_patients = real(*arguments)  # type: ignore[arg-type]
-        sizes.append(len(units))
-        return units, has_patients
+    def counted(policy: SitePolicy, unit: str) -> training.SiteUnits:
+        units = real(policy, unit)
+        sizes.append(len(units.train))
+        return units
 
-    monkeypatch.setattr(training, "training_units", counted)
+    monkeypatch.setattr(training, "site_units", counted)
     monkeypatch.setattr(
         training, "noised_mean", lambda s, std, d, n: noised_mean(s, std, sizes[-1] // 4, n)
     )
