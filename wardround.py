@@ -74,6 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(console, str(problem), 1)
 
 
+def run() -> NoReturn:
+    """The command on a terminal: ``main``, then the end of the process.
+
+    An interrupt can leave threads of the simulation engine waiting for workers that are gone, and
+    Python would wait for those threads for ever: all our own files are closed by then.
+    """
+    code = main()
+    if code == _INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _simulate(overrides: list[str], multirun: bool, console: Console) -> int:
     jobs = sweep(overrides) if multirun else [overrides]
     checked = [load("simulate", job, RunSettings) for job in jobs]  # before the slow imports
@@ -326,4 +340,4 @@ def _say(console: Console, message: str, code: int = _USAGE) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 from client.site import SITES
@@ -65,9 +66,12 @@ def run_rounds(folder: RunFolder, hospitals: int) -> None:
         )
     finally:
         STOP.set()
+        # After an interrupt the ServerApp is still ending; a thread that waits for a worker that was
+        # interrupted too never does.
+        deadline = time.monotonic() + _STOP_S
         for thread in set(threading.enumerate()) - before:
-            if not thread.daemon:  # the ServerApp's, when an interrupt came first
-                thread.join(_STOP_S)
+            if not thread.daemon:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _log_to(file: Path) -> None:
