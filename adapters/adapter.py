@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters.lowrank import LowRank, stack
+from conf.schema import AdapterSettings
 
 _PREFIX = "base_model.model."
 
@@ -32,6 +33,12 @@ class AdapterSpec:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, settings: AdapterSettings) -> AdapterSpec:
+        """The shape that settings ask for; rsLoRA becomes the alpha that gives the same scale."""
+        alpha = settings.alpha * (settings.rank**0.5 if settings.rslora else 1)
+        return cls(settings.rank, alpha, settings.targets)
 
     @property
     def scale(self) -> float:
@@ -135,14 +142,14 @@ class Adapter:
     def load(folder: Path) -> Adapter:
         """Read a PEFT LoRA folder.
 
-        Raises ValueError for what the algebra cannot represent: DoRA, LoRA bias, rank patterns,
-        rsLoRA or modules saved beside the factors; also for a file that is cut or no safetensors.
+        The scale of an rsLoRA adapter is folded into alpha. Raises ValueError for what the algebra
+        cannot represent: DoRA, LoRA bias, rank patterns or modules saved beside the factors; also
+        for a file that is cut or no safetensors.
         FileNotFoundError when a file is absent.
         """
         config = json.loads((folder / "adapter_config.json").read_text())
         for key in (
             "use_dora",
-            "use_rslora",
             "lora_bias",
             "rank_pattern",
             "alpha_pattern",
@@ -152,7 +159,8 @@ class Adapter:
                 raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")
         targets = config["target_modules"]
         names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-        spec = AdapterSpec(config["r"], config["lora_alpha"], names)
+        alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+        spec = AdapterSpec(config["r"], alpha, names)
         try:
             tensors = load_file(folder / "adapter_model.safetensors")
         except SafetensorError:

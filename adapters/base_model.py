@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -22,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,19 +76,36 @@ def cache_folder() -> Path:
 
 
 def load_base(settings: ModelSettings) -> BaseModel:
-    """Load model and tokenizer in float32, in evaluation mode, with frozen weights.
+    """Load model and tokenizer, in evaluation mode, with frozen weights of the precision asked for.
 
-    Raises ModelError when the model is absent or has no text generation head.
+    Raises ModelError when the model is absent or has no text generation head, or when 4-bit weights
+    are asked for and bitsandbytes is not installed.
     """
     folder = _folder(settings)
     name = _EMBEDDED_NAME if settings.source == "smollm2" else _name_of(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, **_precision(settings))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as problem:
         raise _no_model(folder, problem) from None
     model.eval().requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks 4-bit weights when they are first used without a gradient, and
+            # cannot compute right gradients with them from then on.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return BaseModel(name, folder, model, tokenizer)
+
+
+def _precision(settings: ModelSettings) -> dict[str, Any]:
+    if settings.precision != "nf4":
+        return {"dtype": getattr(torch, settings.precision)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.precision=nf4: needs bitsandbytes (pip install wardround[nf4])")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"quantization_config": how, "dtype": torch.bfloat16, "device_map": "cpu"}
 
 
 def skeleton(settings: ModelSettings) -> PreTrainedModel:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import ModelError
 from adapters.lowrank import LowRank
+from adapters.trained_part import TrainedPart, frame, orthonormal_rows
+from conf.schema import TrainedFactors
 
 _NAME = "default"
 
@@ -25,8 +26,10 @@ class UnsupportedAdapter(ValueError):
     """The adapter asked for cannot be trained privately on this base model."""
 
 
-def attach(model: PreTrainedModel, spec: AdapterSpec, train: str = "both") -> PeftModel:
-    """Attach a fresh LoRA and choose what is trained: ``train`` is "B" or "both".
+def attach(
+    model: PreTrainedModel, spec: AdapterSpec, train: TrainedPart = "both", seed: int = 0
+) -> PeftModel:
+    """Attach a fresh LoRA and choose what is trained (see ``train_only``).
 
     Raises UnsupportedAdapter when a target matches nothing or is not a plain linear layer
     (an embedding, for one, has no per-sample gradient here).
@@ -43,30 +46,73 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, train: str = "both") -> Pe
         raise UnsupportedAdapter(
             f"targets={list(spec.targets)} names a module that is not a linear layer"
         )
-    for layer in layers.values():
-        _factor(layer, "A").requires_grad_(train == "both")
+    train_only(peft_model, train, seed)
     # Dropout would make the loss of a note depend on a draw that no ledger records.
     peft_model.eval()
     return peft_model
 
 
-def initial(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> Adapter:
-    """A public starting point: B = 0, and A with orthonormal rows drawn from seed and layer.
+def train_only(peft_model: PeftModel, part: TrainedPart, seed: int = 0) -> None:
+    """Freeze all but one part of the attached adapter, whose product stays as it is.
 
-    Every hospital gets the same A from the coordinator, so B can be averaged exactly (FFA-LoRA,
-    arXiv 2403.12313); orthonormal rows keep the gradient of B on the scale of that of dW
-    (FedSVD, arXiv 2505.12805).
+    For "core", B is written as its frame (drawn from ``seed``) times a core, and what of B lies
+    outside the frame is lost.
+    """
+    for name, layer in _lora_layers(peft_model).items():
+        B = _factor_B(layer)
+        if part == "core":
+            layer.lora_B[_NAME] = _FramedB(B, frame(name, B.shape[0], B.shape[1], seed))
+        elif isinstance(layer.lora_B[_NAME], _FramedB):
+            layer.lora_B[_NAME] = nn.Linear(B.shape[1], B.shape[0], bias=False)
+            cast(nn.Linear, layer.lora_B[_NAME]).weight = nn.Parameter(B)
+        _linear_A(layer).weight.requires_grad_(part in ("A", "both"))
+        if part != "core":
+            cast(nn.Linear, layer.lora_B[_NAME]).weight.requires_grad_(part in ("B", "both"))
+
+
+class _FramedB(nn.Sequential):
+    """B = P R in place of a matrix B: first the trained core R, then the frozen frame P."""
+
+    def __init__(self, B: Tensor, columns: Tensor) -> None:
+        """``B`` and ``columns`` (out, rank)."""
+        super().__init__()
+        self.core = nn.Linear(B.shape[1], B.shape[1], bias=False, device=B.device)
+        self.frame = nn.Linear(B.shape[1], B.shape[0], bias=False, device=B.device)
+        self.frame.weight = nn.Parameter(columns.to(B), requires_grad=False)
+        self.write(B)
+
+    def read(self) -> Tensor:
+        """B (out, rank), of the dtype of the core."""
+        P, R = self.frame.weight.double(), self.core.weight.detach().double()
+        return (P @ R).to(self.core.weight.dtype)
+
+    @torch.no_grad()
+    def write(self, B: Tensor) -> None:
+        """Take the core whose product with the frame is nearest to B."""
+        self.core.weight.copy_(self.frame.weight.double().T @ B.double())
+
+
+def initial(
+    model: PreTrainedModel, spec: AdapterSpec, seed: int, train: TrainedFactors = "B"
+) -> Adapter:
+    """A public starting point: one factor zero, the other orthonormal, drawn from seed and layer.
+
+    B is zero unless only A is trained. Every hospital gets the same A from the coordinator, so B
+    can be averaged exactly (FFA-LoRA, arXiv 2403.12313); orthonormal rows keep the gradient of B on
+    the scale of that of dW (FedSVD, arXiv 2505.12805).
     """
     peft_model = attach(model, spec)
     layers = {}
     for name, layer in _lora_layers(peft_model).items():
-        (m, _), (_, n) = _factor(layer, "B").shape, _factor(layer, "A").shape
-        if spec.rank > n:
-            raise UnsupportedAdapter(f"adapter.rank={spec.rank} exceeds the width {n} of {name}")
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        rows = torch.randn(n, spec.rank, generator=generator, dtype=torch.float64)
-        layers[name] = LowRank(torch.zeros(m, spec.rank), torch.linalg.qr(rows).Q.T.float())
+        m, n = _factor_B(layer).shape[0], _linear_A(layer).weight.shape[1]
+        if spec.rank > min(m, n):
+            raise UnsupportedAdapter(
+                f"adapter.rank={spec.rank} exceeds the width {min(m, n)} of {name}"
+            )
+        B, A = torch.zeros(m, spec.rank), orthonormal_rows(spec.rank, n, f"{seed}:{name}")
+        if train == "A":
+            B, A = frame(name, m, spec.rank, seed), torch.zeros(spec.rank, n)
+        layers[name] = LowRank(B, A)
     detach(peft_model)
     return Adapter(spec, layers)
 
@@ -75,8 +121,8 @@ def read(peft_model: PeftModel, spec: AdapterSpec) -> Adapter:
     """A copy of the factors that the live model holds now, float32 on the CPU."""
     layers = {
         name: LowRank(
-            _factor(layer, "B").detach().float().cpu().clone(),
-            _factor(layer, "A").detach().float().cpu().clone(),
+            _factor_B(layer).float().cpu().clone(),
+            _linear_A(layer).weight.detach().float().cpu().clone(),
         )
         for name, layer in _lora_layers(peft_model).items()
     }
@@ -96,15 +142,16 @@ def write(peft_model: PeftModel, adapter: Adapter) -> None:
         )
     with torch.no_grad():
         for name, layer in live.items():
-            for weight, value in (
-                (_factor(layer, "A"), adapter.layers[name].A),
-                (_factor(layer, "B"), adapter.layers[name].B),
-            ):
-                if weight.shape != value.shape:
-                    raise ValueError(
-                        f"{name}: shape {tuple(value.shape)}, expected {tuple(weight.shape)}"
-                    )
-                weight.copy_(value)
+            A, B = _linear_A(layer).weight, layer.lora_B[_NAME]
+            given = adapter.layers[name]
+            for shape, value in ((A.shape, given.A), (_factor_B(layer).shape, given.B)):
+                if shape != value.shape:
+                    raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(shape)}")
+            A.copy_(given.A)
+            if isinstance(B, _FramedB):
+                B.write(given.B.to(A.device))
+            else:
+                cast(nn.Linear, B).weight.copy_(given.B)
 
 
 def detach(peft_model: PeftModel) -> PreTrainedModel:
@@ -135,8 +182,26 @@ def fold(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 @contextmanager
-def folded(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
-    """Fold the adapter in while the context is open; afterwards all is bit for bit as before."""
+def applied(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
+    """The model computes with the adapter while this is open; then it is bit for bit as before.
+
+    Float32 weights take the update in; lower precision would round it away, so there the adapter
+    stays beside them.
+    """
+    if next(model.parameters()).dtype == torch.float32:
+        with _folded(model, adapter):
+            yield
+        return
+    live = attach(model, adapter.spec)
+    try:
+        write(live, adapter)
+        yield
+    finally:
+        detach(live)
+
+
+@contextmanager
+def _folded(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
     modules = dict(model.named_modules())
     weights = {n: cast(Tensor, modules[n].weight) for n in adapter.layers if n in modules}
     before = {name: weight.clone() for name, weight in weights.items()}
@@ -149,17 +214,26 @@ def folded(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
                 weights[name].copy_(weight)
 
 
-def _factor(layer: LoraLinear, which: str) -> Tensor:
-    """The live factor "A" or "B" of an adapted layer."""
-    factors = layer.lora_A if which == "A" else layer.lora_B
-    return cast(Tensor, factors[_NAME].weight)
+def _linear_A(layer: LoraLayer) -> nn.Linear:
+    return cast(nn.Linear, layer.lora_A[_NAME])
 
 
-def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLinear]:
+def _factor_B(layer: LoraLayer) -> Tensor:
+    """B (out, rank) of an adapted layer as it is now."""
+    B = layer.lora_B[_NAME]
+    return B.read() if isinstance(B, _FramedB) else cast(nn.Linear, B).weight.detach()
+
+
+def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
     """Adapted linear layers by their module path in the base model."""
     prefix = "base_model.model."
     return {
         name.removeprefix(prefix): module
         for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLinear)
+        if isinstance(module, LoraLayer) and _is_linear(module)
     }
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    """No embedding, no convolution; what the frozen weight is kept as does not matter."""
+    return _NAME in layer.lora_A and isinstance(layer.lora_A[_NAME], nn.Linear)

@@ -6,11 +6,12 @@ site policy decides, and the hospital itself computes the noise that the plan's 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from adapters.adapter import AdapterSpec
+from adapters.trained_part import TrainedPart, part_of_round
 from conf.schema import (
     AdapterSettings,
     OptimizerSettings,
@@ -27,13 +28,14 @@ class TrainingPlan(Settings):
     round: Annotated[int, Field(ge=1)]
     rounds: Annotated[int, Field(ge=1, le=1000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
-    seed: Annotated[int, Field(ge=0)]  # of the sampling where privacy is off; never of noise
+    # Of the frames of a core, and of the sampling where privacy is off; never of noise.
+    seed: Annotated[int, Field(ge=0)]
     strategy: str
     base_model: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # fingerprint
     adapter: AdapterSettings
     privacy: PrivacySettings
     optimizer: OptimizerSettings
-    upload: Literal["B", "both"]
+    upload: TrainedPart
 
     @model_validator(mode="after")
     def _round_is_planned(self) -> TrainingPlan:
@@ -43,14 +45,14 @@ class TrainingPlan(Settings):
 
     @model_validator(mode="after")
     def _uploads_what_is_trained(self) -> TrainingPlan:
-        if self.upload != self.adapter.train:
-            raise ValueError("upload must be what adapter.train says")
+        if self.upload != part_of_round(self.adapter.train, self.round):
+            raise ValueError("upload must be what adapter.train says of this round")
         return self
 
     @property
     def spec(self) -> AdapterSpec:
         """Shape of the adapter that travels."""
-        return AdapterSpec(self.adapter.rank, self.adapter.alpha, self.adapter.targets)
+        return AdapterSpec.of(self.adapter)
 
     @property
     def steps_left(self) -> int:
@@ -79,5 +81,5 @@ def plan_round(settings: TrainingSettings, run: str, number: int, base_model: st
         adapter=settings.adapter,
         privacy=settings.privacy,
         optimizer=settings.optimizer,
-        upload=settings.adapter.train,
+        upload=part_of_round(settings.adapter.train, number),
     )

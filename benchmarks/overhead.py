@@ -71,7 +71,7 @@ def _task() -> tuple[TrainingPlan, Adapter]:
     settings = load("simulate", ["privacy.unit=note"], RunSettings)
     base = load_base(settings.model)
     shape = settings.adapter
-    start = lora.initial(base.model, AdapterSpec(shape.rank, shape.alpha, shape.targets), 0)
+    start = lora.initial(base.model, AdapterSpec.of(shape), 0)
     return plan_round(settings, "benchmark", 1, base.fingerprint), start
 
 

@@ -37,7 +37,7 @@ def run(command: EvaluateCommand, console: Console) -> dict[str, TextScore]:
     base = load_base(command.model)
     with console.status(f"scoring {len(texts)} notes"):
         scores = {"base": score_texts(base.model, base.tokenizer, texts, command.max_tokens)}
-        with lora.folded(base.model, adapter):
+        with lora.applied(base.model, adapter):
             scores["adapter"] = score_texts(base.model, base.tokenizer, texts, command.max_tokens)
     table = Table("", "perplexity", "bits per character", title=f"{len(texts)} notes")
     for name, value in scores.items():

@@ -43,6 +43,7 @@ from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
+from client.privacy.seeded_noise import SeededNoise
 from client.refusal import Reason, Refusal, failure_site
 from conf.policy import SitePolicy
 from conf.schema import ComputeSettings, ModelSettings, OptimizerSettings
@@ -58,22 +59,27 @@ def train_round(
     policy: SitePolicy,
     on_step: Callable[[int], None] | None = None,
     audit_head: str | None = None,
+    test_seed: int | None = None,
 ) -> Outgoing:
     """Train the received adapter on this site's notes for one round.
 
     Raises Refusal, with a reason that may be published, whenever the round cannot or must not be
     done. ``on_step`` is called with the number of finished steps; ``audit_head`` is the hash of
-    the audit log's line about the task, which the ledger keeps.
+    the audit log's line about the task, which the ledger keeps. ``test_seed`` makes the noise
+    repeatable; ValueError unless the policy's lineage says that it is a test.
     """
     authorise(plan, policy, datetime.now().astimezone())
     if not plan.privacy.enabled:
-        return _train(plan, received, policy, None, on_step, audit_head)
+        return _train(plan, received, policy, None, None, on_step, audit_head)
+    random = SecureRandomness()
+    if test_seed is not None:
+        random = SeededNoise(policy.lineage, test_seed, plan.run, plan.round)
     try:
         with Ledger.of(policy) as ledger, ledger.turn():
             reply = ledger.reply(_task(plan, received))
             if reply is not None:
                 return Outgoing.from_bytes(reply)
-            return _train(plan, received, policy, ledger, on_step, audit_head)
+            return _train(plan, received, policy, ledger, random, on_step, audit_head)
     except LedgerError as problem:
         raise Refusal(Reason.INTERNAL, str(problem)) from None
 
@@ -83,12 +89,14 @@ def _train(
     received: Adapter,
     policy: SitePolicy,
     ledger: Ledger | None,
+    random: SecureRandomness | None,
     on_step: Callable[[int], None] | None,
     audit_head: str | None,
 ) -> Outgoing:
-    """The round itself; ``ledger`` None trains without privacy."""
-    bench = _workbench(policy.model, policy.compute, plan.spec, plan.adapter.train)
+    """The round itself; without ``ledger`` and ``random`` it trains without privacy."""
+    bench = _workbench(policy.model, policy.compute, plan.spec)
     model = bench.model
+    lora.train_only(model, plan.upload, plan.seed)
     longest = getattr(model.config, "max_position_embeddings", None)
     require_model(plan, bench.fingerprint, longest)
     units = site_units(policy, plan.privacy.unit)
@@ -102,7 +110,7 @@ def _train(
         "site": Released[Fact](policy.site, Source.POLICY_PUBLIC),
         "steps": Released[Fact](plan.local_steps, Source.PLAN),
     }
-    if ledger is None:
+    if ledger is None or random is None:
         numbers = SharedNumbers(plan, policy)
         sampling = SeededSampling(plan.seed, policy.site, plan.round)
         noise = StepNoise(0.0, None)
@@ -112,9 +120,8 @@ def _train(
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
         return Gate(plan, policy, received, charge=None).release(trained, facts)
 
-    reservation, charge = _reserve(ledger, plan, received, policy, audit_head)
+    reservation, charge = _reserve(ledger, plan, received, policy, audit_head, random.name)
     try:
-        random = SecureRandomness()
         noise = step_noise(charge.noise_multiplier, policy.share)
         numbers = SharedNumbers(plan, policy, charge, random)
         facts |= _steps(model, plan, units, tokens, policy.compute, noise, random, numbers, on_step)
@@ -215,6 +222,7 @@ def _reserve(
     received: Adapter,
     policy: SitePolicy,
     audit_head: str | None,
+    randomness: str,
 ) -> tuple[Reservation, Charge]:
     """Noise for all that is still planned, then the charge for this round, on disk.
 
@@ -246,7 +254,7 @@ def _reserve(
             clip_norm=privacy.clip_norm,
             denominator=privacy.denominator,
             max_notes_per_unit=privacy.max_notes_per_unit,
-            randomness="ChaCha20, keyed by the operating system",
+            randomness=randomness,
             released=sorted(names),
             audit_head=audit_head,
         )
@@ -288,16 +296,14 @@ class _Workbench:
 
 
 @lru_cache(maxsize=1)
-def _workbench(
-    settings: ModelSettings, compute: ComputeSettings, spec: AdapterSpec, train: str
-) -> _Workbench:
+def _workbench(settings: ModelSettings, compute: ComputeSettings, spec: AdapterSpec) -> _Workbench:
     """Base model with the adapter attached; kept between the messages of one process."""
     try:
         base = load_base(settings)
         if compute.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
         fingerprint = base.fingerprint
-        return _Workbench(base, fingerprint, lora.attach(base.model, spec, train))
+        return _Workbench(base, fingerprint, lora.attach(base.model, spec))
     except ModelError as problem:
         raise Refusal(Reason.MODEL_MISMATCH, str(problem)) from None
     except lora.UnsupportedAdapter as problem:

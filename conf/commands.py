@@ -19,6 +19,7 @@ from conf.schema import (
     PrivacySettings,
     Settings,
     TrainingSettings,
+    require_float32,
 )
 
 
@@ -44,6 +45,11 @@ class AlignCommand(Settings):
     seed: Annotated[int, Field(ge=0)]
     model: ModelSettings
     alignment: AlignmentSettings
+
+    @model_validator(mode="after")
+    def _alignment_fits_model(self) -> AlignCommand:
+        require_float32(self.model, self.alignment)
+        return self
 
 
 class EvaluateCommand(Settings):

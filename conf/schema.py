@@ -14,8 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-TrainedFactors = Literal["B", "both"]
-StrategyName = Literal["product_mean", "fedavg", "ffa", "fedsvd"]
+TrainedFactors = Literal["B", "A", "alternate", "both", "core"]
+StrategyName = Literal["product_mean", "fedavg", "ffa", "rolora", "fedsvd"]
+
+# What each strategy can merge without changing what was frozen, or averaging what may not be.
+_MERGES: dict[StrategyName, tuple[TrainedFactors, ...]] = {
+    "product_mean": ("B", "A", "alternate", "both"),
+    "fedavg": ("B", "A", "alternate", "both", "core"),
+    "ffa": ("B", "core"),
+    "rolora": ("B", "A", "alternate"),
+    "fedsvd": ("B",),
+}
 
 
 class Settings(BaseModel):
@@ -29,6 +38,8 @@ class ModelSettings(Settings):
 
     source: Literal["smollm2", "path"]
     path: str | None = None  # folder or Hugging Face id, for source=path
+    # Of the frozen weights in memory; nf4: 4 bits (QLoRA, arXiv 2305.14314). LoRA is float32.
+    precision: Literal["float32", "bfloat16", "nf4"] = "float32"
 
     @model_validator(mode="after")
     def _path_when_needed(self) -> ModelSettings:
@@ -44,6 +55,7 @@ class AdapterSettings(Settings):
     alpha: Positive
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     train: TrainedFactors
+    rslora: bool = False  # divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732)
 
 
 MAX_CLIP_NORM = 16.0  # up to here the engine adds clipped gradients without rounding
@@ -179,6 +191,14 @@ class EvaluationSettings(Settings):
     pooled_reference: bool  # a sweep also trains on the pooled notes, without privacy
 
 
+def require_float32(model: ModelSettings, alignment: AlignmentSettings) -> None:
+    """Alignment learns on top of weights that the merged adapter was folded into. ValueError."""
+    if alignment.enabled and model.precision != "float32":
+        raise ValueError(
+            f"model.precision={model.precision}: alignment needs float32; or take alignment=none"
+        )
+
+
 class TrainingSettings(Settings):
     """What a coordinator decides: everything that the rounds need, and nothing about notes."""
 
@@ -192,9 +212,12 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _strategy_fits_adapter(self) -> TrainingSettings:
-        if self.strategy.name in ("ffa", "fedsvd") and self.adapter.train != "B":
+        name, train = self.strategy.name, self.adapter.train
+        if train not in _MERGES[name]:
+            others = [s for s, merges in _MERGES.items() if train in merges]
             raise ValueError(
-                f"strategy.name={self.strategy.name} needs adapter.train=B (a shared, frozen A)"
+                f"adapter.train={train}: strategy={name} merges "
+                f"{' | '.join(_MERGES[name])}; or take strategy={' | '.join(others)}"
             )
         return self
 
@@ -209,6 +232,11 @@ class RunSettings(TrainingSettings):
     hospitals: HospitalsSettings
     alignment: AlignmentSettings
     evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def _alignment_fits_model(self) -> RunSettings:
+        require_float32(self.model, self.alignment)
+        return self
 
     @model_validator(mode="after")
     def _enough_hospitals(self) -> RunSettings:

@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
+from adapters.trained_part import joined
 from transport.wire import size_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -69,18 +70,12 @@ def accept(
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
-    expected = {
-        name: tensor
-        for name, tensor in sent.tensors().items()
-        if plan.upload == "both" or name.endswith("lora_B.weight")
-    }
-    if set(tensors) != set(expected):
-        return LeftOut(site, "factors missing or unexpected")
-    if any(tensors[name].shape != expected[name].shape for name in expected):
-        return LeftOut(site, "factors of another shape")
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         return LeftOut(site, "factors not float32")
-    adapter = Adapter.from_tensors({**sent.tensors(), **tensors}, plan.spec)
+    try:
+        adapter = joined(sent, tensors, plan.upload, plan.seed)
+    except ValueError as problem:
+        return LeftOut(site, str(problem))
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
     if any(tensor.abs().max() > _LARGEST for tensor in tensors.values()):

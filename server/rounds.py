@@ -98,8 +98,8 @@ def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:
         base = load_base(settings.model)
         fingerprint = base.fingerprint
         shape = settings.adapter
-        spec = AdapterSpec(shape.rank, shape.alpha, shape.targets)
-        lora.initial(base.model, spec, settings.seed).save(folder.adapter_folder(0))
+        start = lora.initial(base.model, AdapterSpec.of(shape), settings.seed, shape.train)
+        start.save(folder.adapter_folder(0))
         write_atomically(known, fingerprint + "\n")
     return known.read_text().strip()
 

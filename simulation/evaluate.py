@@ -38,7 +38,7 @@ def score(
     """Score of the texts under base plus adapter (None: the base alone)."""
     with ExitStack() as stack:
         if adapter is not None:
-            stack.enter_context(lora.folded(base.model, adapter))
+            stack.enter_context(lora.applied(base.model, adapter))
         return score_texts(base.model, base.tokenizer, texts, max_tokens)
 
 

@@ -66,8 +66,8 @@ def run_rounds(folder: RunFolder, hospitals: int) -> None:
         )
     finally:
         STOP.set()
-        # After an interrupt the ServerApp is still ending; a thread that waits for a worker that was
-        # interrupted too never does.
+        # After an interrupt the ServerApp is still ending; a thread that waits for an interrupted
+        # worker never does.
         deadline = time.monotonic() + _STOP_S
         for thread in set(threading.enumerate()) - before:
             if not thread.daemon:

@@ -269,7 +269,7 @@ def _under(base: BaseModel, adapter: Adapter | None) -> Iterator[None]:
     if adapter is None:
         yield
     else:
-        with lora.folded(base.model, adapter):
+        with lora.applied(base.model, adapter):
             yield
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, weighted_sum
@@ -80,9 +82,20 @@ def discrepancy(naive: Mapping[str, LowRank], exact: Mapping[str, LowRank]) -> f
     return (gap / size) ** 0.5 if size > 0 else 0.0
 
 
-def shared_A(adapters: Sequence[Adapter]) -> bool:
-    """True when every adapter holds the very same A in every layer."""
-    first = adapters[0].layers
-    return all(
-        other.layers[name].A.equal(first[name].A) for other in adapters[1:] for name in first
-    )
+def mean_under_shared(
+    adapters: Sequence[Adapter], weights: Sequence[float], shared: Literal["A", "B"]
+) -> Adapter | None:
+    """The exact mean of adapters that share factor "A" or "B" in every layer; None if they do not.
+
+    The shared factor is kept bit for bit (a mean of equal numbers would round), the other's mean is
+    formed in float64.
+    """
+    moved = "B" if shared == "A" else "A"
+    layers = {}
+    for name, first in adapters[0].layers.items():
+        own = [adapter.layers[name] for adapter in adapters]
+        if any(not getattr(layer, shared).equal(getattr(first, shared)) for layer in own):
+            return None
+        terms = [w * getattr(x, moved).double() for x, w in zip(own, weights, strict=True)]
+        layers[name] = replace(first, **{moved: torch.stack(terms).sum(0).to(torch.float32)})
+    return Adapter(adapters[0].spec, layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adapters.adapter import Adapter
-from strategies.base import Merge, MergeError, check, factor_means, shared_A
+from strategies.base import Merge, MergeError, check, mean_under_shared
 
 
 class FFA:
@@ -20,11 +20,8 @@ class FFA:
 
     def merge(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Merge:
         """See ``Strategy.merge``. Raises MergeError when the hospitals' A differ."""
-        spec = check(adapters, weights)
-        if not shared_A(adapters):
+        check(adapters, weights)
+        mean = mean_under_shared(adapters, weights, "A")
+        if mean is None:
             raise MergeError(f"{self.name} needs the same A from every hospital; use product_mean")
-        means = factor_means(adapters, weights)
-        # The mean of equal A is A itself, bit for bit; recomputing it would round.
-        for name, mean in means.items():
-            means[name] = type(mean)(mean.B, adapters[0].layers[name].A.double())
-        return Merge(Adapter.from_deltas(means, spec), 0.0, 1.0)
+        return Merge(mean, 0.0, 1.0)

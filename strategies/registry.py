@@ -7,8 +7,11 @@ from strategies.fedavg import FedAvg
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFA
 from strategies.product_mean import ProductMean
+from strategies.rolora import RoLoRA
 
-_STRATEGIES: dict[str, Strategy] = {s.name: s for s in (ProductMean(), FedAvg(), FFA(), FedSVD())}
+_STRATEGIES: dict[str, Strategy] = {
+    s.name: s for s in (ProductMean(), FedAvg(), FFA(), RoLoRA(), FedSVD())
+}
 
 
 def get_strategy(name: str) -> Strategy:

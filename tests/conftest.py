@@ -49,13 +49,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def make_llama(vocabulary: int = 300, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+def make_llama(
+    vocabulary: int = 300, seed: int = 0, layers: int = 2, width: int = 32
+) -> LlamaForCausalLM:
     """A tiny random Llama, float32, with tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -71,6 +73,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = make_tokenizer()
     make_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like ``tiny_model``, but wide enough for blocks of 64 four-bit weights."""
+    folder = tmp_path_factory.mktemp("models") / "wide-llama"
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer), width=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
+from adapters.trained_part import frozen_suffix, to_travel
 from client.privacy.released import (
     COUNT_GRID,
     LOSS_GRID,
@@ -101,7 +102,7 @@ class Gate:
         return Outgoing(self._tensors(trained), self._facts(facts))
 
     def _tensors(self, trained: Released[Adapter]) -> dict[str, Tensor]:
-        """The factors that leave, float32.
+        """The trained part, float32.
 
         A factor that the plan keeps frozen must be what was received, or it would carry un-noised
         information; the others must come from the gradient's mechanism.
@@ -111,19 +112,18 @@ class Gate:
         if not self.plan.privacy.enabled and not self.policy.privacy.required:
             origin = Source.POLICY_PUBLIC
         self._require_origin("the adapter", trained.provenance, origin)
-        out = {}
+        plan = self.plan
         before = self.received.tensors()
         tensors = trained.value.tensors()
+        frozen = frozen_suffix(plan.upload)
         _require(set(tensors) == set(before), "factors missing or unexpected")
         for name, tensor in tensors.items():
             _require(tensor.shape == before[name].shape, f"shape of {name}")
             _require(tensor.dtype == torch.float32, f"{name} is {tensor.dtype}")
             _require(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
-            if self.plan.upload == "B" and name.endswith("lora_A.weight"):
+            if frozen and name.endswith(frozen):
                 _require(tensor.equal(before[name]), f"frozen factor {name} moved")
-                continue
-            out[name] = tensor
-        return out
+        return to_travel(trained.value, plan.upload, plan.seed)
 
     def _facts(self, facts: Mapping[str, Released[Fact]]) -> dict[str, Fact]:
         out = {}

@@ -1,8 +1,8 @@
 """Randomness of a private step: ChaCha20 keyed by the operating system.
 
 There is no seed here on purpose. A generator that can be seeded can be replayed, and noise that
-can be replayed can be subtracted. Runs without privacy use ``SeededSampling``, which can choose a
-batch but cannot make noise.
+can be replayed can be subtracted (for tests there is ``client.privacy.seeded_noise``). Runs without
+privacy use ``SeededSampling``, which can choose a batch but cannot make noise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Uniform(Protocol):
 
 class SecureRandomness:
     """Cryptographic generator with a fresh 256-bit key; make one for each round."""
+
+    name = "ChaCha20, keyed by the operating system"
 
     def __init__(self) -> None:
         # A fresh key needs no random nonce, and its first four bytes are the block counter, which

@@ -67,7 +67,7 @@ def align(
     records: dict[str, StageRecord] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as before:
         bench = Bench(base.model, base.tokenizer, spec, settings.max_tokens, seed, Path(scratch))
-        before.enter_context(lora.folded(base.model, merged))
+        before.enter_context(lora.applied(base.model, merged))
         for stage, steps, run in (
             ("sft", settings.sft.steps, partial(run_sft, bench, data.sft, settings.sft)),
             ("dpo", settings.dpo.steps, partial(run_dpo, bench, data.dpo, settings.dpo)),
@@ -75,6 +75,6 @@ def align(
             if steps == 0:
                 continue
             adapter, records[stage] = run(partial(on_step, stage.upper()))
-            before.enter_context(lora.folded(base.model, adapter))
+            before.enter_context(lora.applied(base.model, adapter))
             parts.append(adapter)
     return Alignment(sum_exactly(parts), records)

@@ -150,5 +150,5 @@ def _losses(
 
     if adapter is None:
         return losses()
-    with lora.folded(base.model, adapter):
+    with lora.applied(base.model, adapter):
         return losses()

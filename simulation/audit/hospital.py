@@ -13,6 +13,7 @@ from pathlib import Path
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.plan import TrainingPlan
+from adapters.trained_part import joined, part_of_round
 from client.training import Outgoing, train_round
 from conf.commands import AuditCommand
 from conf.schema import OptimizerSettings, PrivacySettings
@@ -69,15 +70,16 @@ def train(
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     policy = site_policy(own, folder, "audited", file, True)
     adapter, fingerprint = start
-    outgoing = train_round(_plan(own, steps, fingerprint), adapter, policy, on_step)
-    trained = Adapter.from_tensors({**adapter.tensors(), **outgoing.tensors}, adapter.spec)
+    plan = _plan(own, steps, fingerprint)
+    outgoing = train_round(plan, adapter, policy, on_step)
+    trained = joined(adapter, outgoing.tensors, plan.upload, plan.seed)
     spent = float(outgoing.facts["epsilon_spent"]) if private else None
     return Trained(trained, outgoing, spent)
 
 
 def spec(settings: AuditCommand) -> AdapterSpec:
     """Shape of the audited adapter."""
-    return AdapterSpec(settings.adapter.rank, settings.adapter.alpha, settings.adapter.targets)
+    return AdapterSpec.of(settings.adapter)
 
 
 def _plan(settings: AuditCommand, steps: int, fingerprint: str) -> TrainingPlan:
@@ -92,5 +94,5 @@ def _plan(settings: AuditCommand, steps: int, fingerprint: str) -> TrainingPlan:
         adapter=settings.adapter,
         privacy=settings.privacy,
         optimizer=settings.optimizer,
-        upload=settings.adapter.train,
+        upload=part_of_round(settings.adapter.train, 1),
     )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters import lora
 from adapters.base_model import cache_folder, load_base
+from adapters.trained_part import part_of_round
 from client.notes.load import load_notes
 from conf.commands import AuditCommand
 from server.progress import stage_progress
@@ -80,7 +81,10 @@ def audit(settings: AuditCommand, console: Console) -> Audit:
         with _stage(console, "white box") as on_step:
             verdicts = _white_box(settings, ordinary, seed, on_step)
         base = load_base(settings.model)
-        start = lora.initial(base.model, spec(settings), seed), base.fingerprint
+        start = (
+            lora.initial(base.model, spec(settings), seed, settings.adapter.train),
+            base.fingerprint,
+        )
         with _stage(console, "whole rounds") as on_step:
             rounds = deployed_noise(
                 settings, folder, start, lambda done, of: on_step("measuring noise", done, of)
@@ -120,8 +124,8 @@ def _white_box(
     """The honest engine and every sabotaged one, on the first blocks of the base model."""
     base = load_base(settings.model)
     _keep_first(base.model, settings.white_box.blocks)
-    start = lora.initial(base.model, spec(settings), seed)
-    model = lora.attach(base.model, spec(settings), settings.adapter.train)
+    start = lora.initial(base.model, spec(settings), seed, settings.adapter.train)
+    model = lora.attach(base.model, spec(settings), part_of_round(settings.adapter.train, 1), seed)
     lora.write(model, start)
     privacy, wanted = settings.privacy, settings.white_box
     bench = Bench(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec, sum_exactly
 from adapters.lowrank import LowRank
+from conf.schema import AdapterSettings
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
 IDS = torch.tensor([[5, 9, 40, 41, 7, 3]])
@@ -42,7 +43,7 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(
     model = load(tiny_model)
     adapter = random_adapter(model, 1)
     adapter.save(tmp_path, "some/base")
-    with lora.folded(model, adapter):
+    with lora.applied(model, adapter):
         folded = logits(model)
     through_peft = logits(PeftModel.from_pretrained(load(tiny_model), tmp_path).eval())
     assert torch.allclose(folded, through_peft, atol=1e-5)
@@ -58,6 +59,31 @@ def test_round_trip_through_the_file_changes_nothing(tiny_model: Path, tmp_path:
     again = Adapter.load(adapter.save(tmp_path))
     assert again.spec == adapter.spec
     assert again.fingerprint() == adapter.fingerprint()
+
+
+def test_an_rslora_folder_becomes_the_alpha_that_gives_the_same_logits(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"], use_rslora=True)
+    live = get_peft_model(load(tiny_model), config)
+    with torch.no_grad():
+        for name, p in live.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    live.save_pretrained(tmp_path)
+    adapter = Adapter.load(tmp_path)
+    assert adapter.spec.scale == pytest.approx(3 / 4**0.5)
+    model = load(tiny_model)
+    with lora.applied(model, adapter):
+        assert torch.allclose(logits(model), logits(live.eval()), atol=1e-4)
+
+
+def test_settings_with_rslora_divide_alpha_by_the_root_of_the_rank() -> None:
+    plain = AdapterSettings(rank=9, alpha=6.0, targets=("q",), train="B")
+    assert AdapterSpec.of(plain).scale == pytest.approx(6 / 9)
+    rs = AdapterSpec.of(plain.model_copy(update={"rslora": True}))
+    assert rs.scale == pytest.approx(6 / 3)
+    assert rs.rank == 9
 
 
 def test_attach_read_write_and_detach_leave_the_base_alone(tiny_model: Path) -> None:
@@ -76,7 +102,7 @@ def test_attach_read_write_and_detach_leave_the_base_alone(tiny_model: Path) -> 
 def test_folded_restores_the_weights_bit_for_bit_even_after_an_error(tiny_model: Path) -> None:
     model = load(tiny_model)
     before = logits(model)
-    with pytest.raises(KeyError), lora.folded(model, random_adapter(model, 4)):
+    with pytest.raises(KeyError), lora.applied(model, random_adapter(model, 4)):
         raise KeyError
     assert torch.equal(logits(model), before)
 
@@ -98,9 +124,9 @@ def test_sum_of_mixed_ranks_is_exact(tiny_model: Path) -> None:
     total = sum_exactly([small, big])
     assert total.spec.rank == 11
     assert total.spec.targets == ("o_proj", "q_proj", "v_proj")
-    with lora.folded(model, small), lora.folded(model, big):
+    with lora.applied(model, small), lora.applied(model, big):
         apart = logits(model)
-    with lora.folded(model, total):
+    with lora.applied(model, total):
         assert torch.allclose(logits(model), apart, atol=1e-5)
 
 
@@ -110,7 +136,7 @@ def test_gpt2_weights_are_transposed_when_folded(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     spec = AdapterSpec(2, 4.0, ("c_attn", "c_proj"))
     adapter = random_adapter(model, 1, spec)
-    with lora.folded(model, adapter):
+    with lora.applied(model, adapter):
         folded = logits(model)
     live = lora.attach(model, spec)
     lora.write(live, adapter)
@@ -118,7 +144,7 @@ def test_gpt2_weights_are_transposed_when_folded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}]
+    "option", [{"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"q_proj": 2}}]
 )
 def test_what_the_algebra_cannot_represent_is_refused(
     tiny_model: Path, tmp_path: Path, option: dict[str, object]

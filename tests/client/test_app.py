@@ -130,6 +130,22 @@ def test_both_factors_leave_when_the_plan_trains_both(
     assert all(not tensors[name].equal(t) for name, t in sent.tensors().items())
 
 
+def test_alternating_rounds_send_B_then_A_and_a_core_travels_alone(
+    hospital: Install, plan: Make, starting_point: Start
+) -> None:
+    east, sent = hospital(), starting_point[0]
+    for number, part in ((1, "B"), (2, "A")):
+        asked = plan(
+            round=number, upload=part, adapter={"train": "alternate"}, strategy="rolora", run="turn"
+        )
+        tensors = tensors_of(east.ask(asked, sent))
+        assert set(tensors) == {n for n in sent.tensors() if f"lora_{part}." in n}
+    core = plan(run="core", adapter={"train": "core"}, upload="core")
+    tensors = tensors_of(east.ask(core, sent))
+    assert {tuple(t.shape) for t in tensors.values()} == {(2, 2)}
+    assert all(t.abs().max() > 0 for t in tensors.values())
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 

@@ -130,6 +130,23 @@ def test_two_private_results_differ_by_exactly_the_noise_that_was_charged(
     assert abs(float(difference.mean())) < 5 * expected / n**0.5
 
 
+def test_seeded_noise_repeats_a_round_and_is_refused_on_a_real_lineage(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, tmp_path: Path
+) -> None:
+    def train(seed: int, ledger: str, lineage: str = "test:invented") -> torch.Tensor:
+        own = policy(ledger=tmp_path / ledger, lineage=lineage)
+        return flat(train_round(plan(), starting_point[0], own, test_seed=seed).tensors)
+
+    one = train(1, "a.sqlite")
+    assert one.equal(train(1, "b.sqlite"))
+    assert not one.equal(train(2, "c.sqlite"))
+    with ledger_of(policy(ledger=tmp_path / "a.sqlite", lineage="test:invented")) as ledger:
+        assert ledger.entries()[0].body["randomness"] == "seeded, for tests"
+    with pytest.raises(ValueError, match="this is real"):
+        train(1, "real.sqlite", "invented")
+    assert not (tmp_path / "real.sqlite").exists()
+
+
 def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
     policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

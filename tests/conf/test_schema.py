@@ -176,10 +176,20 @@ def test_a_missing_value_is_named(valid: dict[str, Raw], name: str, key: str) ->
     assert complaint(raw, kind_of(name)) == f"{key}: field required"
 
 
-@pytest.mark.parametrize("strategy", ["ffa", "fedsvd"])
-def test_a_shared_frozen_factor_forbids_training_both(valid: dict[str, Raw], strategy: str) -> None:
-    raw = changed(valid["simulate"], strategy__name=strategy, adapter__train="both")
-    expected = f"strategy.name={strategy} needs adapter.train=B (a shared, frozen A)"
+@pytest.mark.parametrize(
+    ("strategy", "train", "expected"),
+    [
+        ("ffa", "both", "ffa merges B | core; or take strategy=product_mean | fedavg"),
+        ("fedsvd", "A", "fedsvd merges B; or take strategy=product_mean | fedavg | rolora"),
+        ("product_mean", "core", "product_mean merges B | A | alternate | both; or take "
+         "strategy=fedavg | ffa"),
+    ],
+)  # fmt: skip
+def test_a_strategy_merges_only_what_it_keeps_exact(
+    valid: dict[str, Raw], strategy: str, train: str, expected: str
+) -> None:
+    raw = changed(valid["simulate"], strategy__name=strategy, adapter__train=train)
+    expected = f"adapter.train={train}: strategy={expected}"
     assert complaint(raw) == expected
     assert complaint(_training(raw), TrainingSettings) == expected  # the coordinator's part too
 

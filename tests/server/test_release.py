@@ -56,7 +56,7 @@ def test_peft_loads_the_release_and_computes_what_was_measured(
     ids = torch.arange(2, 60).view(2, 29)
     with torch.no_grad():
         plain = base.model(ids).logits
-        with lora.folded(base.model, released):
+        with lora.applied(base.model, released):
             measured = base.model(ids).logits
         loaded = PeftModel.from_pretrained(base.model, str(folder))(input_ids=ids).logits
     assert float((measured - plain).abs().max()) > 0.05

@@ -89,7 +89,7 @@ def test_two_rounds_merge_what_the_hospitals_sent_and_learn_from_it(
     texts = [json.loads(line)["text"] for line in notes_file.read_text().splitlines()]
     losses = [score_texts(base.model, base.tokenizer, texts, 32).nats]
     for adapter in (first, last):
-        with lora.folded(base.model, adapter):
+        with lora.applied(base.model, adapter):
             losses.append(score_texts(base.model, base.tokenizer, texts, 32).nats)
     assert losses[0] > losses[1] > losses[2]
 

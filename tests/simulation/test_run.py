@@ -204,7 +204,7 @@ def test_peft_loads_the_release_and_computes_what_was_measured(
     aligned = Adapter.load(run.folder.path / "adapters" / "aligned")
     with torch.no_grad():
         before = base.model(ids).logits
-        with lora.folded(base.model, aligned):
+        with lora.applied(base.model, aligned):
             measured = base.model(ids).logits
         plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         released = PeftModel.from_pretrained(plain, run.folder.path / "release").eval()

@@ -50,6 +50,33 @@ def test_without_privacy_a_seed_decides_the_result_bit_for_bit(go: Run) -> None:
     assert one.global_adapter().fingerprint() != other.global_adapter().fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("train", "strategy", "share"),  # of what comes down, at most so much goes up
+    [
+        ("A", "rolora", 0.75),
+        ("alternate", "rolora", 0.75),
+        ("alternate", "product_mean", 0.75),
+        ("core", "ffa", 0.3),
+    ],
+)
+def test_other_parts_of_the_adapter_can_be_trained(
+    go: Run, train: str, strategy: str, share: float
+) -> None:
+    folder, summary, _ = go(
+        "part", "privacy=none", "optimizer.learning_rate=1", f"adapter.train={train}",
+        f"strategy={strategy}", "evaluation.alone=false",
+    )  # fmt: skip
+    for hospital in summary["hospitals"].values():
+        assert hospital["perplexity"]["merged"] < hospital["perplexity"]["base"]
+    start, one, two = (Adapter.load(folder.adapter_folder(n)).deltas() for n in range(3))
+    assert all(not d.norm() for d in start.values())
+    for name in start:
+        assert one[name].norm() > 0
+        assert (two[name] - one[name]).norm() > 0
+    up, down = (summary["rounds"][0][key] for key in ("bytes_up", "bytes_down"))
+    assert up < share * down
+
+
 def test_a_seed_does_not_decide_the_noise(go: Run) -> None:
     one, two = (go(name, "evaluation.alone=false", "seed=7")[0] for name in ("a", "b"))
     start = [Adapter.load(folder.adapter_folder(0)).fingerprint() for folder in (one, two)]

@@ -14,7 +14,7 @@ from strategies.registry import get_strategy
 
 SPEC = AdapterSpec(rank=3, alpha=6.0, targets=("q", "v"))
 NAMES = {"l0.q": (8, 7), "l0.v": (5, 7)}
-ALL = ("product_mean", "fedavg", "ffa", "fedsvd")
+ALL = ("product_mean", "fedavg", "ffa", "rolora", "fedsvd")
 SHARED = ("ffa", "fedsvd")
 
 
@@ -153,11 +153,26 @@ def test_fedsvd_keeps_the_product_and_makes_the_rows_of_A_orthonormal() -> None:
         assert torch.allclose(gram, torch.diag(gram.diagonal()), atol=1e-5)
 
 
-def test_ffa_returns_the_shared_A_bit_for_bit() -> None:
+@pytest.mark.parametrize("name", ["ffa", "rolora"])
+def test_the_shared_A_is_returned_bit_for_bit(name: str) -> None:
     adapters = hospitals(3, 4, shared=True)
-    merged = get_strategy("ffa").merge(adapters, [1 / 3] * 3).adapter
+    merged = get_strategy(name).merge(adapters, [1 / 3] * 3).adapter
     for n, layer in merged.layers.items():
         assert layer.A.equal(adapters[0].layers[n].A)
+
+
+def test_rolora_means_A_exactly_where_B_is_shared() -> None:
+    weights = [0.5, 0.3, 0.2]
+    free = hospitals(3, 6, shared=False)
+    adapters = [
+        Adapter(SPEC, {n: LowRank(free[0].layers[n].B, a.layers[n].A) for n in NAMES}) for a in free
+    ]
+    merged = get_strategy("rolora").merge(adapters, weights).adapter
+    assert close(merged, mean_of_products(adapters, weights))
+    for n, layer in merged.layers.items():
+        assert layer.B.equal(free[0].layers[n].B)
+    with pytest.raises(MergeError, match="same A or the same B"):
+        get_strategy("rolora").merge(free, weights)
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -102,6 +102,22 @@ def test_both_leave_where_both_are_trained(gate: MakeGate, received: Adapter) ->
     assert set(out) == set(received.tensors())
 
 
+def test_only_A_leaves_where_B_is_frozen(gate: MakeGate, received: Adapter) -> None:
+    only_A = gate(adapter={"train": "A"}, upload="A")
+    layers = {n: replace(layer, A=layer.A + 1) for n, layer in received.layers.items()}
+    out = only_A.release(Released(replace(received, layers=layers), GRADIENT), HONEST).tensors
+    assert set(out) == {n for n in received.tensors() if n.endswith("lora_A.weight")}
+    assert "moved" in refused(only_A, moved(received))
+
+
+def test_only_the_core_leaves_where_its_frame_is_public(gate: MakeGate, received: Adapter) -> None:
+    core = gate(adapter={"train": "core"}, upload="core")
+    out = core.release(Released(moved(received), GRADIENT), HONEST).tensors
+    assert {tuple(t.shape) for t in out.values()} == {(2, 2)}
+    assert len(out) == len(received.layers)
+    assert "moved" in refused(core, moved(received, A=1.0))
+
+
 def test_a_frozen_factor_that_moved_by_one_bit_stops_everything(
     gate: MakeGate, received: Adapter
 ) -> None:

@@ -102,7 +102,7 @@ def test_both_stages_train_and_the_release_is_their_exact_sum(
     base: BaseModel, merged: Adapter, parts: dict[str, Adapter]
 ) -> None:
     before = {name: t.clone() for name, t in base.model.state_dict().items()}
-    with lora.folded(base.model, merged):
+    with lora.applied(base.model, merged):
         rows = [losses(base, row) for row in ROWS]
     done, steps = run(base, merged, sft=3, dpo=3)
 

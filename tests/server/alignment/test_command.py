@@ -64,7 +64,7 @@ def test_the_aligned_adapter_is_a_folder_that_fits_the_model(
     assert aligned.spec.rank == 2 + 2 + 2
     base = load_base(ModelSettings(source="path", path=str(tiny_model)))
     before = fingerprint(base.model)
-    with lora.folded(base.model, aligned):
+    with lora.applied(base.model, aligned):
         assert fingerprint(base.model) != before
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny-llama"  # a name, no path of this machine

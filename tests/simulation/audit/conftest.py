@@ -46,8 +46,8 @@ def tiny_audit(tiny_model: Path, notes_file: Path) -> AuditCommand:
     options = [
         "model=path", f"model.path={tiny_model}", "notes=jsonl", f"notes.path={notes_file}",
         "notes.patient_field=pid", "white_box.canaries=200", "black_box.canaries=40",
-        "black_box.controls=100", "black_box.patients=2", "black_box.steps=12",
-        "privacy.sampling_rate=1", "privacy.max_tokens=12", "optimizer.learning_rate=0.05",
+        "black_box.controls=100", "black_box.patients=2", "black_box.steps=24",
+        "privacy.sampling_rate=1", "privacy.max_tokens=12", "optimizer.learning_rate=0.1",
         "seed=3",
     ]  # fmt: skip
     return load("audit", options, AuditCommand)
