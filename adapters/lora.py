@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +21,8 @@ from adapters.trained_part import TrainedPart, frame, orthonormal_rows
 from conf.schema import TrainedFactors
 
 _NAME = "default"
+# Numbers of experts in configurations of mixtures: routing may depend on the whole batch.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 class UnsupportedAdapter(ValueError):
@@ -31,9 +34,11 @@ def attach(
 ) -> PeftModel:
     """Attach a fresh LoRA and choose what is trained (see ``train_only``).
 
-    Raises UnsupportedAdapter when a target matches nothing or is not a plain linear layer
-    (an embedding, for one, has no per-sample gradient here).
+    Raises UnsupportedAdapter when a target matches nothing or is not a plain linear layer (an
+    embedding, for one, has no per-sample gradient here), or when the notes of a batch would not be
+    computed independently of each other.
     """
+    _require_independent_rows(model)
     try:
         peft_model = get_peft_model(model, spec.peft_config())
     except ValueError:
@@ -232,6 +237,16 @@ def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
         for name, module in peft_model.named_modules()
         if isinstance(module, LoraLayer) and _is_linear(module)
     }
+
+
+def _require_independent_rows(model: PreTrainedModel) -> None:
+    """A loss that depends on batch mates would let a note move more than its own clipped part."""
+    config = model.config.get_text_config()
+    experts = next((n for n in _EXPERTS if (getattr(config, n, None) or 0) > 1), None)
+    if experts:
+        raise UnsupportedAdapter(f"{type(model).__name__}: experts share the batch ({experts})")
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UnsupportedAdapter(f"{type(model).__name__}: batch normalisation mixes the notes")
 
 
 def _is_linear(layer: LoraLayer) -> bool:

@@ -163,6 +163,17 @@ def test_targets_that_are_no_linear_layers_are_refused(
         lora.attach(load(tiny_model), AdapterSpec(2, 4.0, targets))
 
 
+def test_models_that_mix_the_notes_of_a_batch_are_refused(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    model.config.num_local_experts = 8
+    with pytest.raises(lora.UnsupportedAdapter, match="experts"):
+        lora.attach(model, SPEC)
+    model.config.num_local_experts = None
+    model.model.norm = torch.nn.BatchNorm1d(32)
+    with pytest.raises(lora.UnsupportedAdapter, match="batch normalisation"):
+        lora.attach(model, SPEC)
+
+
 def test_tensors_that_do_not_fit_are_refused(tiny_model: Path) -> None:
     model = load(tiny_model)
     adapter = random_adapter(model, 1)
