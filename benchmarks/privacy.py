@@ -163,9 +163,11 @@ def _epoch(
                 use_cpu=True, dataloader_pin_memory=False, optim="adamw_torch",
             )  # fmt: skip
             data: Any = [{"input_ids": row} for row in rows]
-            transformers.Trainer(
+            trainer = transformers.Trainer(
                 model, arguments, data_collator=collate, train_dataset=data
-            ).train()
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
             model.eval()
 
         def private() -> None:
