@@ -38,13 +38,14 @@ class Measured:
 
 
 def interleaved(
-    variants: Mapping[str, Job], repeats: int, progress: Progress, title: str
+    variants: Mapping[str, Job], repeats: int, progress: Progress, title: str, warm: bool = False
 ) -> dict[str, Measured]:
-    """Run every variant once to warm up, then ``repeats`` times in turn."""
+    """Run every variant once to warm up (unless ``warm``), then ``repeats`` times in turn."""
     _return_freed_memory()
     measured = {name: Measured() for name in variants}
-    task = progress.add_task(title, total=len(variants) * (repeats + 1))
-    for repetition in range(repeats + 1):
+    first = 1 if warm else 0
+    task = progress.add_task(title, total=len(variants) * (repeats + 1 - first))
+    for repetition in range(first, repeats + 1):
         for name, job in variants.items():
             progress.update(task, description=f"{title}: {name}")
             gc.collect()

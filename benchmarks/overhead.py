@@ -28,7 +28,7 @@ from conf.load import load
 from conf.policy import PrivacyLimits, SitePolicy
 from conf.schema import ModelSettings, NotesSettings, RunSettings
 
-_NOTES = 200  # of which a quarter is in a step
+_NOTES = 100  # of which a quarter is in a step
 
 
 def shares_of_a_round(notes: Path) -> dict[str, float]:

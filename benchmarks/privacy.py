@@ -40,7 +40,7 @@ from client.privacy.engine import clipped_sum, noised_mean
 from client.privacy.microbatch import Unit
 from client.privacy.per_note import Engine, trained_parameters
 from client.privacy.randomness import SecureRandomness
-from conf.schema import ModelSettings, NotesSettings
+from conf.schema import ComputeSettings, ModelSettings, NotesSettings
 
 NOTES = Path("../shared/data/mtsamples/mtsamples.jsonl")
 TARGETS = {
@@ -51,16 +51,15 @@ GOALS = {
     "step.qv.time": 1.05, "step.qv.memory": 1.05, "step.all.time": 1.05, "step.all.memory": 1.05,
     "epoch.time": 0.7, "epoch.memory": 0.5, "overhead.ledger_gate": 0.01,
 }  # fmt: skip
-_BATCH, _STEP_TOKENS = 8, 128
+_BATCH, _STEP_TOKENS, _LONGEST = 8, 128, 1024
 _MICRO_TOKENS = 1024  # of a private step: the eight notes in one go, as without privacy
-_EPOCH_MICRO_TOKENS = 512
 _CLIP, _SIGMA = 1.0, 0.7
 
 
 def main() -> None:
     """Measure, print one table, and write the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few repetitions, short notes")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, few notes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here too")
     parser.add_argument("--notes", type=Path, default=NOTES, help="JSONL with a field 'text'")
     options = parser.parse_args()
@@ -71,7 +70,7 @@ def main() -> None:
     _quiet()
     torch.set_num_threads(1)
     base = load_base(ModelSettings(source="smollm2"))
-    rows = _rows(base, options.notes, 16 if options.quick else 48, 256 if options.quick else 1024)
+    rows = _rows(base, options.notes, 16 if options.quick else 48)
     results: dict[str, float] = {}
     with Progress(console=console) as progress:
         for name in TARGETS:
@@ -86,12 +85,11 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def _rows(base: BaseModel, path: Path, count: int, max_tokens: int) -> list[list[int]]:
+def _rows(base: BaseModel, path: Path, count: int) -> list[list[int]]:
     notes = list(load_notes(NotesSettings(source="jsonl", path=path)).notes)
     chosen = random.Random(0).sample(notes, count)
     return [
-        base.tokenizer(note.text, truncation=True, max_length=max_tokens).input_ids
-        for note in chosen
+        base.tokenizer(note.text, truncation=True, max_length=_LONGEST).input_ids for note in chosen
     ]
 
 
@@ -173,9 +171,11 @@ def _epoch(
         def private() -> None:
             for start in range(steps):
                 units: list[Unit] = [[row] for row in rows[start::steps]]
-                _private_step(model, optimizer, units, "fast", _EPOCH_MICRO_TOKENS)
+                _private_step(model, optimizer, units, "fast", ComputeSettings().micro_tokens)
 
-        found = interleaved({"usual": usual, "private": private}, repeats, progress, "epoch")
+        found = interleaved(
+            {"usual": usual, "private": private}, repeats, progress, "epoch", warm=True
+        )
     time_ratio, memory = found["private"].ratio_to(found["usual"])
     return {"epoch.time": time_ratio, "epoch.memory": memory}
 

@@ -91,7 +91,7 @@ class ComputeSettings(Settings):
     """How a hospital computes its gradients: changes time and memory, never the gradients."""
 
     engine: Literal["fast", "opacus"] = "fast"
-    micro_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 512  # at a time; 0: one note
+    micro_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 256  # at a time; 0: one note
     gradient_checkpointing: bool = False
 
 

@@ -32,8 +32,8 @@ NAME = (
     f"PLD (dp-accounting {version('dp-accounting')}), checked by PRV (opacus {version('opacus')})"
 )
 _AGREEMENT = 0.02  # relative difference of the two accountants that is put down to numerics
-# Of privacy losses; rounding is upwards. The usual 1e-4 is five times slower, and lower by less than
-# 0.02 % of an epsilon of 0.5.
+# Of privacy losses; rounding is upwards. The usual 1e-4 is five times slower, and lower by less
+# than 0.02 % of an epsilon of 0.5.
 _PLD_INTERVAL = 5e-4
 _COARSE_INTERVAL = 1e-2  # to find about where a figure lies
 _PRV_ERROR = 0.01  # of epsilon: PRV adds its own error bound to its figure
