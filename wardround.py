@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,8 +109,10 @@ def _simulate(overrides: list[str], multirun: bool, console: Console) -> int:
 def _server(overrides: list[str], multirun: bool, console: Console) -> int:
     from server.daemon import serve
     from server.run_folder import RunFolder
+    from strategies.registry import require_strategy
 
     command = load("server", overrides, ServerCommand)
+    require_strategy(command)
     folder = RunFolder(command.run_dir)
     if not (folder.path / "config.yaml").exists():
         folder.create(command)
@@ -280,8 +283,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
     )
     choices = "\n".join(
-        f"  {name + '=':14}{' | '.join(values)}" for name, values in groups().items()
-    )
+        textwrap.fill(
+            f"  {name + '=':14}{' | '.join(values)}", 98, subsequent_indent=" " * 16,
+            break_on_hyphens=False,
+        )
+        for name, values in groups().items()
+    )  # fmt: skip
     for name, command in COMMANDS.items():
         epilog = "Options are key=value, as in the files under conf/, where each is explained."
         if name == "simulate":

@@ -30,7 +30,7 @@ class TrainingPlan(Settings):
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     # Of the frames of a core, and of the sampling where privacy is off; never of noise.
     seed: Annotated[int, Field(ge=0)]
-    strategy: str
+    strategy: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
     base_model: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # fingerprint
     adapter: AdapterSettings
     privacy: PrivacySettings

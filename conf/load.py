@@ -46,8 +46,14 @@ def load(command: str, overrides: Sequence[str], kind: type[T]) -> T:
     Raises ConfigError.
     """
     defaults = _defaults(command)
-    chosen = [o for o in overrides if _checked(o, defaults) in groups(defaults)]
+    chosen = [o for o in overrides if o.partition("=")[0] in groups(defaults)]
+    for override in chosen:
+        _checked(override, defaults)
     config = _compose(command, chosen)
+    known = OmegaConf.to_container(config)
+    assert isinstance(known, dict)
+    for override in overrides:  # which keys there are depends on the choices
+        _checked(override, known)
     try:
         for override in (o for o in overrides if o not in chosen):
             key, _, value = override.partition("=")
@@ -60,13 +66,13 @@ def load(command: str, overrides: Sequence[str], kind: type[T]) -> T:
         raise ConfigError(f"{problem.full_key}: {reason}") from None
 
 
-def validate(raw: Any, kind: type[T]) -> T:
-    """``raw`` as ``kind``. Raises ConfigError naming the first key that does not fit."""
+def validate(raw: Any, kind: type[T], under: str = "") -> T:
+    """``raw``, found ``under`` a key, as ``kind``. Raises ConfigError naming what does not fit."""
     try:
         return kind.model_validate(raw)
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in (under, *first["loc"]) if part != "")
         message = _CLEARER.get(first["type"], first["msg"].removeprefix("Value error, "))
         value = "" if first["type"] == "missing" else f"={_short(first['input'])}"
         given = f"{key}{value}: " if key and first["type"] != "value_error" else ""

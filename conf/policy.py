@@ -20,7 +20,6 @@ from conf.schema import (
     NotesSettings,
     Positive,
     Settings,
-    StrategyName,
     TrainedFactors,
 )
 
@@ -62,7 +61,7 @@ class AdapterLimits(Settings):
         "c_attn", "c_proj", "c_fc",  # GPT-2-like
     )  # fmt: skip
     train: tuple[TrainedFactors, ...] = get_args(TrainedFactors)
-    strategies: tuple[StrategyName, ...] = get_args(StrategyName)
+    strategies: tuple[str, ...] = ("*",)  # patterns that the name of the merge must match
     base_models: tuple[str, ...] = ()  # allowed fingerprints; () allows the configured model only
 
 

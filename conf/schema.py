@@ -8,23 +8,13 @@ key, the value and what is allowed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 TrainedFactors = Literal["B", "A", "alternate", "both", "core"]
-StrategyName = Literal["product_mean", "fedavg", "ffa", "rolora", "fedsvd"]
-
-# What each strategy can merge without changing what was frozen, or averaging what may not be.
-_MERGES: dict[StrategyName, tuple[TrainedFactors, ...]] = {
-    "product_mean": ("B", "A", "alternate", "both"),
-    "fedavg": ("B", "A", "alternate", "both", "core"),
-    "ffa": ("B", "core"),
-    "rolora": ("B", "A", "alternate"),
-    "fedsvd": ("B",),
-}
 
 
 class Settings(BaseModel):
@@ -113,9 +103,16 @@ class FederationSettings(Settings):
 
 
 class StrategySettings(Settings):
-    """How the hospitals' adapters become one."""
+    """How the hospitals' adapters become one; which parameters there are, the strategy knows."""
 
-    name: StrategyName
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All but the name; checked by ``strategies.registry.create``."""
+        return dict(self.model_extra or {})
 
 
 class NotesSettings(Settings):
@@ -209,17 +206,6 @@ class TrainingSettings(Settings):
     optimizer: OptimizerSettings
     federation: FederationSettings
     strategy: StrategySettings
-
-    @model_validator(mode="after")
-    def _strategy_fits_adapter(self) -> TrainingSettings:
-        name, train = self.strategy.name, self.adapter.train
-        if train not in _MERGES[name]:
-            others = [s for s, merges in _MERGES.items() if train in merges]
-            raise ValueError(
-                f"adapter.train={train}: strategy={name} merges "
-                f"{' | '.join(_MERGES[name])}; or take strategy={' | '.join(others)}"
-            )
-        return self
 
 
 class RunSettings(TrainingSettings):

@@ -24,8 +24,9 @@ from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
 from server.acceptance import accept, node_name, one_reply_each
 from server.run_folder import RunFolder, write_atomically
-from strategies.base import MergeError
-from strategies.registry import get_strategy
+from strategies.base import Draw, MergeError
+from strategies.merging import merge
+from strategies.registry import create
 from transport.wire import pack_task, size_bytes
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def federate(
     Raises RoundFailed when too few hospitals answer in time or ``stop`` is set.
     """
     base_model = _starting_point(settings, folder)
-    strategy = get_strategy(settings.strategy.name)
+    chosen = settings.strategy
+    strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
     for number in range(len(folder.finished_rounds()) + 1, settings.federation.rounds + 1):
         began = time.monotonic()
         plan = plan_round(settings, folder.name, number, base_model)
@@ -69,20 +71,23 @@ def federate(
             )
         try:
             weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
-            merge = strategy.merge([a.adapter for a in accepted], weights)
+            draw = Draw(folder.name, number)
+            merged = merge(strategy, [a.adapter for a in accepted], weights, draw)
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
         folder.begin_round(number)
         for one in accepted:
             one.adapter.save(folder.adapter_folder(number, one.site))
-        merge.adapter.save(folder.adapter_folder(number))
+        merged.adapter.save(folder.adapter_folder(number))
         record: dict[str, Any] = {
             "round": number,
             "seconds": round(time.monotonic() - began, 3),
             "bytes_up": sum(a.bytes_up for a in accepted),
             "bytes_down": bytes_down,
-            "discrepancy": merge.discrepancy,
-            "kept_energy": merge.kept_energy,
+            "discrepancy": merged.discrepancy,
+            "kept_energy": merged.kept_energy,
+            "mean_cosine": merged.mean_cosine,
+            "norm_ratio": merged.norm_ratio,
             "hospitals": [a.site for a in accepted],
             "left_out": left_out,
             "facts": {a.site: a.facts for a in accepted},

@@ -42,6 +42,7 @@ from simulation.memory import PeakMemory
 from simulation.report import write_report
 from simulation.sites import Hospitals, prepare
 from simulation.summary import Measurements, release_facts, write_summary
+from strategies.registry import require_strategy
 
 OnStep = Callable[[str, int, int], None]
 
@@ -72,9 +73,11 @@ def comparable(settings: RunSettings) -> RunSettings:
 def open_run(settings: RunSettings, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
     """The run to do: a new one, or the one to resume, with the configuration it was started with.
 
-    Raises ConfigError when there is nothing to resume, or other options are given beside it.
+    Raises ConfigError when there is nothing to resume, or other options are given beside it, or
+    when the strategy's parameters are impossible.
     """
     if settings.resume is None:
+        require_strategy(settings)
         return comparable(settings), new_run_folder(settings.runs)
     others = [o for o in overrides if not o.startswith("resume=")]
     if others:

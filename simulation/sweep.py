@@ -16,6 +16,7 @@ from conf.schema import RunSettings
 from server.run_folder import RunFolder
 from simulation.comparison import print_comparison, write_comparison
 from simulation.run import comparable, new_run_folder, simulate
+from strategies.registry import require_strategy
 
 _REPLACED = (  # what would bring back in part what the pooled reference goes without
     "privacy", "privacy.enabled", "privacy.clip_norm", "hospitals", "hospitals.layout",
@@ -33,6 +34,8 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
         raise ConfigError("resume: a single run is gone on with, without --multirun")
     jobs = [*jobs, *_pooled_reference(jobs)]
     checked = [(job, load("simulate", job, RunSettings)) for job in jobs]
+    for _, settings in checked:
+        require_strategy(settings)
     sweep = new_run_folder(checked[0][1].runs, "sweep")
     folders = []
     for number, (job, settings) in enumerate(checked, start=1):

@@ -1,15 +1,24 @@
-"""What every merge strategy is: a pure function of adapters, and a declaration of what it needs."""
+"""What every merge strategy is: parameters, a declaration, and one pure function of adapters."""
 
 from __future__ import annotations
 
+import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from adapters.adapter import Adapter, AdapterSpec
+from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, weighted_sum
+from conf.schema import Settings, TrainedFactors
+
+Update = LowRank | Tensor  # a layer's merged dW: as factors, or dense (m, n) where it has full rank
+Updates = dict[str, Update]
+
+EVERY_PART: tuple[TrainedFactors, ...] = ("B", "A", "alternate", "both")  # as products, not cores
 
 
 class MergeError(ValueError):
@@ -17,53 +26,80 @@ class MergeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Merge:
-    """A merged adapter and what is worth knowing of how it came about.
+class Declaration:
+    """What a strategy promises, and what it asks for.
 
-    ``discrepancy``: relative Frobenius norm of what averaging A and B separately would have got
-    wrong, ||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over all layers; 0 if a factor is shared.
-    ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers.
+    ``space``: what it computes on. "factors" B and A themselves; "gram" a combination of the
+    updates, whose coefficients follow from their inner products; "core" the small core between the
+    bases that all updates share; "entries" the dense updates, which costs memory, and energy when
+    the result is factorised again.
+    ``exact``: the result is the weighted mean of the products, wherever it fits into the rank.
+    ``sums``: it needs only weighted sums over hospitals, so it works under secure aggregation, and
+    in memory that does not grow with the number of hospitals.
+    ``keeps``: what of one hospital, of equal hospitals, of a common scale comes out unchanged:
+    "one" (one hospital merges to itself), "equal" (equal hospitals merge to themselves), "scale"
+    (scaling all by c scales the result by c), "gauge" (only products matter).
+    ``trains``: settings of ``adapter.train`` under which what was frozen stays what it was.
+    ``paper``: where it comes from.
     """
 
-    adapter: Adapter
-    discrepancy: float
-    kept_energy: float
+    space: Literal["factors", "gram", "core", "entries"]
+    paper: str
+    exact: bool = False
+    sums: bool = False
+    keeps: frozenset[str] = frozenset({"one", "equal", "scale", "gauge"})
+    trains: tuple[TrainedFactors, ...] = EVERY_PART
 
 
-class Strategy(Protocol):
-    """Merges one round's adapters. ``exact``: the result is the weighted mean of the products."""
+@dataclass(frozen=True)
+class Draw:
+    """Randomness that can be repeated: a generator for each round and each tensor of it."""
 
-    name: str
-    exact: bool
+    run: str = ""
+    round: int = 0
 
-    def merge(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Merge:
-        """Merge adapters of one spec; ``weights`` are positive, public and sum to one.
+    def of(self, tensor: str) -> torch.Generator:
+        """The generator of one tensor, from which nothing of another's is learned."""
+        digest = hashlib.sha256(f"{self.run}:{self.round}:{tensor}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-        Raises MergeError when the adapters do not fit the strategy.
+
+class Strategy(Settings):
+    """A merge strategy. Its fields are its parameters, checked and immutable."""
+
+    name: ClassVar[str]
+    declared: ClassVar[Declaration]
+
+    @abstractmethod
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """Merged scaled updates by layer, float64, of any rank.
+
+        ``adapters`` have the same layers of the same shapes (ranks may differ) and are finite;
+        ``weights`` are positive, public and sum to one. Raises MergeError when the adapters do not
+        fit the strategy.
         """
-        ...
 
 
-def check(adapters: Sequence[Adapter], weights: Sequence[float]) -> AdapterSpec:
-    """Common shape of the adapters. Raises MergeError when there is none or weights are off."""
-    if not adapters:
-        raise MergeError("no adapter to merge")
-    if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
-        raise MergeError("weights must be positive, one for each adapter, and sum to one")
-    spec, names = adapters[0].spec, set(adapters[0].layers)
-    if any(a.spec != spec or set(a.layers) != names for a in adapters):
-        raise MergeError("adapters differ in rank, alpha, targets or layers")
-    return spec
+def deltas(adapters: Sequence[Adapter]) -> dict[str, list[LowRank]]:
+    """Scaled updates of all adapters by layer, float64."""
+    own = [adapter.deltas() for adapter in adapters]
+    return {name: [d[name].to(torch.float64) for d in own] for name in own[0]}
 
 
 def product_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
     """Exact sum_k w_k scale_k B_k A_k by layer, at rank sum of ranks."""
-    deltas = [adapter.deltas() for adapter in adapters]
-    return {name: weighted_sum([d[name] for d in deltas], weights) for name in deltas[0]}
+    return {name: weighted_sum(parts, weights) for name, parts in deltas(adapters).items()}
 
 
 def factor_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
-    """Mean of B and mean of A by layer, float64, scaled: what FedAvg on factors gives."""
+    """Mean of B and mean of A by layer, float64, scaled: what FedAvg on factors gives.
+
+    Raises MergeError when ranks or scales differ: then factors have no mean.
+    """
+    if len({(adapter.spec.rank, adapter.spec.scale) for adapter in adapters}) > 1:
+        raise MergeError("adapters of different rank or scale have no mean of factors")
     means = {}
     for name in adapters[0].layers:
         B = sum(w * a.layers[name].B.double() for a, w in zip(adapters, weights, strict=True))
@@ -72,30 +108,21 @@ def factor_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
     return means
 
 
-def discrepancy(naive: Mapping[str, LowRank], exact: Mapping[str, LowRank]) -> float:
-    """||naive - exact|| / ||exact|| over all layers; 0 when exact is zero.
-
-    The difference is exactly -sum_k w_k (B_k - mean B)(A_k - mean A).
-    """
-    gap = sum((naive[name] - exact[name]).norm() ** 2 for name in exact)
-    size = sum(exact[name].norm() ** 2 for name in exact)
-    return (gap / size) ** 0.5 if size > 0 else 0.0
-
-
 def mean_under_shared(
     adapters: Sequence[Adapter], weights: Sequence[float], shared: Literal["A", "B"]
-) -> Adapter | None:
+) -> dict[str, LowRank] | None:
     """The exact mean of adapters that share factor "A" or "B" in every layer; None if they do not.
 
-    The shared factor is kept bit for bit (a mean of equal numbers would round), the other's mean is
-    formed in float64.
+    The shared factor is kept bit for bit: a mean of equal numbers would round.
     """
-    moved = "B" if shared == "A" else "A"
-    layers = {}
+    means = factor_means(adapters, weights)
     for name, first in adapters[0].layers.items():
-        own = [adapter.layers[name] for adapter in adapters]
-        if any(not getattr(layer, shared).equal(getattr(first, shared)) for layer in own):
+        kept = getattr(first, shared)
+        if any(not getattr(a.layers[name], shared).equal(kept) for a in adapters[1:]):
             return None
-        terms = [w * getattr(x, moved).double() for x, w in zip(own, weights, strict=True)]
-        layers[name] = replace(first, **{moved: torch.stack(terms).sum(0).to(torch.float32)})
-    return Adapter(adapters[0].spec, layers)
+        scale = adapters[0].spec.scale
+        if shared == "A":
+            means[name] = LowRank(means[name].B, kept.double())
+        else:
+            means[name] = LowRank(kept.double() * scale, means[name].A)
+    return means

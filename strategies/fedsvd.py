@@ -7,23 +7,26 @@ orthonormal rows, which bounds the gradient of B by that of dW.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from adapters.adapter import Adapter
 from adapters.lowrank import svd
-from strategies.base import Merge
+from strategies.base import Declaration, Draw, Update
 from strategies.ffa import FFA
 
 
 class FedSVD(FFA):
     """Mean of B under a shared A, re-factorised so that A has orthonormal rows."""
 
-    name = "fedsvd"
-    exact = True
+    name: ClassVar[str] = "fedsvd"
+    declared: ClassVar = Declaration(
+        space="factors", paper="arXiv 2505.12805", exact=True, sums=True, trains=("B",)
+    )
 
-    def merge(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Merge:
-        """See ``Strategy.merge``. Raises MergeError when the hospitals' A differ."""
-        mean = super().merge(adapters, weights).adapter
-        spec = mean.spec
-        turned = {name: svd(delta).truncate(spec.rank) for name, delta in mean.deltas().items()}
-        return Merge(Adapter.from_deltas(turned, spec), 0.0, 1.0)
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``. Raises MergeError when the hospitals' A differ."""
+        rank = adapters[0].spec.rank
+        return {n: svd(d).truncate(rank) for n, d in self.mean(adapters, weights).items()}

@@ -6,22 +6,31 @@ multiplying itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from adapters.adapter import Adapter
-from strategies.base import Merge, MergeError, check, mean_under_shared
+from adapters.lowrank import LowRank
+from strategies.base import Declaration, Draw, MergeError, Strategy, Update, mean_under_shared
 
 
-class FFA:
+class FFA(Strategy):
     """Mean of B under a shared A."""
 
-    name = "ffa"
-    exact = True
+    name: ClassVar[str] = "ffa"
+    declared: ClassVar = Declaration(
+        space="factors", paper="arXiv 2403.12313", exact=True, sums=True, trains=("B", "core")
+    )
 
-    def merge(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Merge:
-        """See ``Strategy.merge``. Raises MergeError when the hospitals' A differ."""
-        check(adapters, weights)
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``. Raises MergeError when the hospitals' A differ."""
+        return self.mean(adapters, weights)
+
+    def mean(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
+        """Mean of B and the shared A, bit for bit, by layer."""
         mean = mean_under_shared(adapters, weights, "A")
         if mean is None:
             raise MergeError(f"{self.name} needs the same A from every hospital; use product_mean")
-        return Merge(mean, 0.0, 1.0)
+        return mean

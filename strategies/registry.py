@@ -1,22 +1,90 @@
-"""Strategies by name, registered explicitly."""
+"""Strategies by name. Ours are listed here; others register an entry point.
+
+A package adds its own by an entry point of the group ``wardround.strategies`` that names a subclass
+of ``strategies.base.Strategy``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from conf.load import ConfigError, validate
+from conf.schema import TrainedFactors, TrainingSettings
 from strategies.base import Strategy
+from strategies.breadcrumbs import Breadcrumbs
+from strategies.core_space import CoreTies, IsoC, Knots, TsvM
+from strategies.dare import Dare, Della
 from strategies.fedavg import FedAvg
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFA
+from strategies.karcher import Karcher
+from strategies.krum import Krum
+from strategies.lines import Lines
+from strategies.median import Median, TrimmedMean
+from strategies.model_stock import ModelStock
+from strategies.norm_bound import NormBound
+from strategies.norm_weighted import NormWeighted
 from strategies.product_mean import ProductMean
 from strategies.rolora import RoLoRA
+from strategies.slerp import Slerp
+from strategies.task_arithmetic import TaskArithmetic
+from strategies.ties import Ties
 
-_STRATEGIES: dict[str, Strategy] = {
-    s.name: s for s in (ProductMean(), FedAvg(), FFA(), RoLoRA(), FedSVD())
-}
+GROUP = "wardround.strategies"
+OURS: tuple[type[Strategy], ...] = (
+    ProductMean, FedAvg, FFA, RoLoRA, FedSVD,
+    TaskArithmetic, Slerp, Karcher, ModelStock, NormWeighted,
+    Ties, Dare, Della, Breadcrumbs,
+    CoreTies, Knots, TsvM, IsoC,
+    Median, TrimmedMean, Krum, NormBound,
+    Lines,
+)  # fmt: skip
 
 
-def get_strategy(name: str) -> Strategy:
-    """The strategy of that name. Raises KeyError with the names there are."""
-    try:
-        return _STRATEGIES[name]
-    except KeyError:
-        raise KeyError(f"strategy.name={name}: choose one of {sorted(_STRATEGIES)}") from None
+@cache
+def strategies() -> dict[str, type[Strategy]]:
+    """All by name. Raises ConfigError when two have one name, or one cannot be loaded."""
+    found = {kind.name: kind for kind in OURS}
+    for point in entry_points(group=GROUP):
+        try:
+            kind = point.load()
+        except Exception as problem:
+            raise ConfigError(f"strategy {point.name}: cannot be loaded ({problem})") from None
+        if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+            raise ConfigError(f"strategy {point.name}: is no subclass of strategies.base.Strategy")
+        if kind.name in found:
+            raise ConfigError(f"strategy {kind.name}: there are two of this name")
+        found[kind.name] = kind
+    return found
+
+
+def require_strategy(settings: TrainingSettings) -> None:
+    """Return when the settings' strategy can be made and fits what is trained. ConfigError."""
+    create(settings.strategy.name, settings.strategy.parameters, settings.adapter.train)
+
+
+def create(
+    name: str, parameters: Mapping[str, Any] | None = None, train: TrainedFactors | None = None
+) -> Strategy:
+    """The strategy of that name with these parameters.
+
+    With ``train`` it must also keep what such a training freezes. Raises ConfigError naming the
+    parameter, its value and what is allowed.
+    """
+    known = strategies()
+    if name not in known:
+        raise ConfigError(f"strategy.name={name}: choose one of {', '.join(sorted(known))}")
+    kind = known[name]
+    if train is not None and train not in kind.declared.trains:
+        fit = " | ".join(sorted(n for n, k in known.items() if train in k.declared.trains))
+        raise ConfigError(
+            f"adapter.train={train}: strategy={name} merges {' | '.join(kind.declared.trains)}; "
+            f"or take strategy={fit}"
+        )
+    strategy = validate(dict(parameters or {}), kind, "strategy")
+    if isinstance(strategy, Lines):
+        create(strategy.of, strategy.parameters, train)
+    return strategy

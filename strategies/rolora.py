@@ -6,23 +6,31 @@ a round was is seen from the adapters. Both factors learn, yet the noise of a st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from adapters.adapter import Adapter
-from strategies.base import Merge, MergeError, check, mean_under_shared
+from strategies.base import Declaration, Draw, MergeError, Strategy, Update, mean_under_shared
 
 
-class RoLoRA:
+class RoLoRA(Strategy):
     """Mean of the factor that moved, under the other, which all hospitals share."""
 
-    name = "rolora"
-    exact = True
+    name: ClassVar[str] = "rolora"
+    declared: ClassVar = Declaration(
+        space="factors",
+        paper="arXiv 2409.02346",
+        exact=True,
+        sums=True,
+        trains=("B", "A", "alternate"),
+    )
 
-    def merge(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Merge:
-        """See ``Strategy.merge``. Raises MergeError when the hospitals share neither factor."""
-        check(adapters, weights)
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``. Raises MergeError when the hospitals share neither factor."""
         for factor in ("A", "B"):
             mean = mean_under_shared(adapters, weights, factor)
             if mean is not None:
-                return Merge(mean, 0.0, 1.0)
+                return mean
         raise MergeError(f"{self.name} needs the same A or the same B from every hospital")

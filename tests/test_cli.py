@@ -104,9 +104,9 @@ def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
 
 
 def test_the_help_of_simulate_lists_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, "simulate")
+    text = " ".join(shown(capsys, "simulate").split())
     for group, choices in groups().items():
-        assert re.search(rf"^  {group}= +{re.escape(' | '.join(choices))}$", text, re.MULTILINE)
+        assert f"{group}= {' | '.join(choices)}" in text
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -135,7 +135,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["simulate", "demo"], "'demo': write an option as key=value"),
         (["simulate", "privcy=none"], "unknown key privcy (=none); there are: adapter, "),
         (["simulate", "privacy.epsilom=3"], "unknown key privacy.epsilom (=3); under privacy "),
-        (["simulate", "strategy=fedsdv"], "strategy=fedsdv: choose one of fedavg, fedsvd, ffa, "),
+        (
+            ["simulate", "strategy=fedsdv"],
+            "strategy=fedsdv: choose one of breadcrumbs, core_ties, ",
+        ),
         (["simulate", "privacy.epsilon=-1"], "privacy.epsilon=-1: input should be greater than 0"),
         (["simulate", "notes=csv"], "notes.path must name the file or folder of notes"),
         (["simulate", "--multirun", "seed=1,x"], "seed=x: input should be a valid integer"),

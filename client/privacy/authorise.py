@@ -66,7 +66,9 @@ def _adapter(plan: TrainingPlan, limits: AdapterLimits) -> dict[str, bool]:
         f"rank {asked.rank}": asked.rank <= limits.max_rank,
         f"targets {asked.targets}": set(asked.targets) <= set(limits.targets),
         f"training of {asked.train}": asked.train in limits.train,
-        f"strategy {plan.strategy[:40]!a}": plan.strategy in limits.strategies,
+        f"strategy {plan.strategy[:40]!a}": any(
+            fnmatchcase(plan.strategy, pattern) for pattern in limits.strategies
+        ),
     }
 
 

@@ -106,8 +106,8 @@ def test_every_limit_of_the_example_is_explained() -> None:
         ({"share": {"noise": 0.5}}, ": share.noise: Input should be greater"),
         ({"quiet_hours": ["7-19"]}, ": quiet_hours.0: Value error, '7-19': write it as"),
         ({"coordinator": {"address": "here"}}, ": coordinator.address: Value error, must be HOST"),
-        ({"adapter": {"train": ["A"]}}, ": adapter.train.0: Input should be"),
-        ({"adapter": {"strategies": ["magic"]}}, ": adapter.strategies.0: Input should be"),
+        ({"adapter": {"train": ["C"]}}, ": adapter.train.0: Input should be"),
+        ({"adapter": {"strategies": [3]}}, ": adapter.strategies.0: Input should be"),
     ],
 )
 def test_a_key_or_value_that_does_not_fit_is_named(

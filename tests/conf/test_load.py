@@ -202,7 +202,6 @@ def test_what_is_no_option_is_quoted_with_the_form_of_one(override: str) -> None
         ("privacy.epsilon=", "privacy.epsilon='': input should be a valid number"),
         ("adapter.targets=q_proj", "adapter.targets=q_proj: must be a list, such as [a,b]"),
         ("runs=2024", "runs=2024: must be a path (write ./NAME "),
-        ("strategy.name=mean", "strategy.name=mean: input should be 'product_mean', 'fedavg', "),
         ("runs=???", "runs must be given; see wardround simulate --help"),
         ("runs=/a/${b}", "runs: Interpolation key 'b' not found"),
     ],

@@ -23,7 +23,8 @@ from client.privacy.ledger import Ledger
 from conf.schema import ModelSettings, TrainingSettings
 from server.rounds import RoundFailed, federate
 from server.run_folder import RunFolder
-from strategies.registry import get_strategy
+from strategies.merging import merge
+from strategies.registry import create
 from transport.wire import pack_refusal, pack_result, pack_task, size_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def test_two_rounds_merge_what_the_hospitals_sent_and_learn_from_it(
     assert not any(layer.B.any() for layer in start.layers.values())
     for number, before in ((1, start), (2, first)):
         own = [Adapter.load(folder.adapter_folder(number, site)) for site in SITES]
-        again = get_strategy(name).merge(own, [1 / 3] * 3)
+        again = merge(create(name), own, [1 / 3] * 3)
         on_disk = Adapter.load(folder.adapter_folder(number))
         assert again.adapter.fingerprint() == on_disk.fingerprint()
         if train == "B":  # every hospital trained against the A that the round began with
@@ -178,7 +179,7 @@ def test_a_hospital_that_lies_or_vanishes_is_left_out_and_the_rounds_go_on(
         assert record["left_out"] == {"east": reason}
         assert not folder.adapter_folder(number, "east").exists()
         own = [Adapter.load(folder.adapter_folder(number, site)) for site in ("mid", "west")]
-        again = get_strategy("ffa").merge(own, [0.5, 0.5]).adapter
+        again = merge(create("ffa"), own, [0.5, 0.5]).adapter
         assert again.fingerprint() == Adapter.load(folder.adapter_folder(number)).fingerprint()
     assert f"round 1: east left out: {reason}" in caplog.text
 

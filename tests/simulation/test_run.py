@@ -31,7 +31,8 @@ from client.training import training_units
 from conf.load import load
 from conf.schema import ModelSettings, RunSettings
 from server.run_folder import RunFolder
-from strategies.registry import get_strategy
+from strategies.merging import merge
+from strategies.registry import create
 
 SITES = ["east", "mid", "west"]
 STAGES = ["base", "local", "merged", "aligned"]
@@ -185,7 +186,7 @@ def test_the_adapters_lie_by_round_and_the_merge_can_be_done_again(run: Finished
     assert folders["alone"] == SITES
     for number in (1, 2):
         sent = [Adapter.load(run.folder.adapter_folder(number, name)) for name in SITES]
-        merged = get_strategy("fedsvd").merge(sent, [1 / 3] * 3).adapter
+        merged = merge(create("fedsvd"), sent, [1 / 3] * 3).adapter
         on_disk = Adapter.load(run.folder.adapter_folder(number))
         assert merged.fingerprint() == on_disk.fingerprint()
     assert run.folder.global_adapter().fingerprint() == on_disk.fingerprint()

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, stack
-from strategies.base import MergeError, discrepancy, factor_means, product_means
-from strategies.registry import get_strategy
+from conf.load import ConfigError
+from strategies.base import MergeError, factor_means, product_means
+from strategies.merging import merge
+from strategies.registry import create
 
 SPEC = AdapterSpec(rank=3, alpha=6.0, targets=("q", "v"))
 NAMES = {"l0.q": (8, 7), "l0.v": (5, 7)}
@@ -58,10 +60,10 @@ def test_exact_strategies_give_the_weighted_mean_of_products_under_a_shared_fact
 ) -> None:
     weights = [w / sum(raw) for w in raw]
     adapters = hospitals(len(weights), seed, shared=True)
-    merge = get_strategy(name).merge(adapters, weights)
-    assert close(merge.adapter, mean_of_products(adapters, weights))
-    assert merge.discrepancy < 1e-6
-    assert merge.kept_energy == pytest.approx(1.0)
+    found = merge(create(name), adapters, weights)
+    assert close(found.adapter, mean_of_products(adapters, weights))
+    assert found.discrepancy < 1e-6
+    assert found.kept_energy == pytest.approx(1.0)
 
 
 @settings(deadline=None, max_examples=25)
@@ -69,9 +71,9 @@ def test_exact_strategies_give_the_weighted_mean_of_products_under_a_shared_fact
 def test_product_mean_is_the_best_approximation_of_its_rank(raw: list[float], seed: int) -> None:
     weights = [w / sum(raw) for w in raw]
     adapters = hospitals(len(weights), seed, shared=False)
-    merge = get_strategy("product_mean").merge(adapters, weights)
+    found = merge(create("product_mean"), adapters, weights)
     exact = mean_of_products(adapters, weights)
-    got = dense(merge.adapter)
+    got = dense(found.adapter)
     kept = []
     for n, target in exact.items():
         values = torch.linalg.svdvals(target).square()
@@ -79,29 +81,29 @@ def test_product_mean_is_the_best_approximation_of_its_rank(raw: list[float], se
             float(values[SPEC.rank :].sum()), rel=1e-3, abs=1e-6
         )
         kept.append(float(values[: SPEC.rank].sum() / values.sum()))
-    assert merge.kept_energy == pytest.approx(min(kept), rel=1e-6)
+    assert found.kept_energy == pytest.approx(min(kept), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_hospital_is_returned_as_it_is(name: str) -> None:
     adapters = hospitals(1, 3, shared=True)
-    merge = get_strategy(name).merge(adapters, [1.0])
-    assert close(merge.adapter, dense(adapters[0]))
+    found = merge(create(name), adapters, [1.0])
+    assert close(found.adapter, dense(adapters[0]))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_order_of_hospitals_does_not_matter(name: str) -> None:
     adapters, weights = hospitals(4, 5, shared=True), [0.4, 0.3, 0.2, 0.1]
-    there = get_strategy(name).merge(adapters, weights).adapter
-    back = get_strategy(name).merge(adapters[::-1], weights[::-1]).adapter
+    there = merge(create(name), adapters, weights).adapter
+    back = merge(create(name), adapters[::-1], weights[::-1]).adapter
     assert close(there, dense(back))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_identical_hospitals_merge_to_themselves(name: str) -> None:
     adapter = hospitals(1, 8, shared=True)[0]
-    merge = get_strategy(name).merge([adapter] * 3, [1 / 3] * 3)
-    assert close(merge.adapter, dense(adapter))
+    found = merge(create(name), [adapter] * 3, [1 / 3] * 3)
+    assert close(found.adapter, dense(adapter))
 
 
 def test_product_mean_does_not_depend_on_the_gauge_and_fedavg_does() -> None:
@@ -114,13 +116,13 @@ def test_product_mean_does_not_depend_on_the_gauge_and_fedavg_does() -> None:
             G = torch.eye(3) + 0.3 * torch.randn(3, 3, generator=g)
             layers[n] = LowRank(layer.B @ G, torch.linalg.inv(G) @ layer.A)
         turned.append(Adapter(SPEC, layers))
-    exact = get_strategy("product_mean")
+    exact = create("product_mean")
     assert close(
-        exact.merge(turned, weights).adapter, dense(exact.merge(adapters, weights).adapter), 1e-4
+        merge(exact, turned, weights).adapter, dense(merge(exact, adapters, weights).adapter), 1e-4
     )
-    naive = get_strategy("fedavg")
+    naive = create("fedavg")
     assert not close(
-        naive.merge(turned, weights).adapter, dense(naive.merge(adapters, weights).adapter), 1e-2
+        merge(naive, turned, weights).adapter, dense(merge(naive, adapters, weights).adapter), 1e-2
     )
 
 
@@ -138,15 +140,14 @@ def test_fedavg_is_off_by_exactly_the_covariance_of_the_factors() -> None:
         assert torch.allclose(exact[n].dense() - naive[n].dense(), covariance, atol=1e-9)
         gap, size = gap + covariance.square().sum(), size + exact[n].dense().square().sum()
     expected = float((gap / size).sqrt())
-    assert discrepancy(naive, exact) == pytest.approx(expected)
-    assert get_strategy("fedavg").merge(adapters, weights).discrepancy == pytest.approx(expected)
+    assert merge(create("fedavg"), adapters, weights).discrepancy == pytest.approx(expected)
     assert expected > 0.1
 
 
 def test_fedsvd_keeps_the_product_and_makes_the_rows_of_A_orthonormal() -> None:
     adapters = hospitals(3, 21, shared=True)
-    merged = get_strategy("fedsvd").merge(adapters, [1 / 3] * 3).adapter
-    assert close(merged, dense(get_strategy("ffa").merge(adapters, [1 / 3] * 3).adapter))
+    merged = merge(create("fedsvd"), adapters, [1 / 3] * 3).adapter
+    assert close(merged, dense(merge(create("ffa"), adapters, [1 / 3] * 3).adapter))
     for layer in merged.layers.values():
         assert torch.allclose(layer.A @ layer.A.T, torch.eye(3), atol=1e-6)
         gram = layer.B.T @ layer.B
@@ -156,7 +157,7 @@ def test_fedsvd_keeps_the_product_and_makes_the_rows_of_A_orthonormal() -> None:
 @pytest.mark.parametrize("name", ["ffa", "rolora"])
 def test_the_shared_A_is_returned_bit_for_bit(name: str) -> None:
     adapters = hospitals(3, 4, shared=True)
-    merged = get_strategy(name).merge(adapters, [1 / 3] * 3).adapter
+    merged = merge(create(name), adapters, [1 / 3] * 3).adapter
     for n, layer in merged.layers.items():
         assert layer.A.equal(adapters[0].layers[n].A)
 
@@ -167,38 +168,40 @@ def test_rolora_means_A_exactly_where_B_is_shared() -> None:
     adapters = [
         Adapter(SPEC, {n: LowRank(free[0].layers[n].B, a.layers[n].A) for n in NAMES}) for a in free
     ]
-    merged = get_strategy("rolora").merge(adapters, weights).adapter
+    merged = merge(create("rolora"), adapters, weights).adapter
     assert close(merged, mean_of_products(adapters, weights))
     for n, layer in merged.layers.items():
         assert layer.B.equal(free[0].layers[n].B)
     with pytest.raises(MergeError, match="same A or the same B"):
-        get_strategy("rolora").merge(free, weights)
+        merge(create("rolora"), free, weights)
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_strategies_that_need_a_shared_A_refuse_others(name: str) -> None:
     with pytest.raises(MergeError, match="same A"):
-        get_strategy(name).merge(hospitals(2, 1, shared=False), [0.5, 0.5])
+        merge(create(name), hospitals(2, 1, shared=False), [0.5, 0.5])
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.6], [1.0], [1.5, -0.5]])
 def test_weights_that_are_not_a_distribution_are_refused(weights: list[float]) -> None:
     with pytest.raises(MergeError, match="weights"):
-        get_strategy("product_mean").merge(hospitals(2, 1, shared=True), weights)
+        merge(create("product_mean"), hospitals(2, 1, shared=True), weights)
 
 
-def test_adapters_of_different_shape_are_refused() -> None:
+def test_scales_are_folded_in_where_products_are_merged() -> None:
     one = hospitals(1, 1, shared=True)[0]
     other = Adapter(AdapterSpec(3, 12.0, SPEC.targets), one.layers)
-    with pytest.raises(MergeError, match="differ"):
-        get_strategy("product_mean").merge([one, other], [0.5, 0.5])
+    found = merge(create("product_mean"), [one, other], [0.5, 0.5]).adapter
+    assert close(found, mean_of_products([one, other], [0.5, 0.5]))
+    with pytest.raises(MergeError, match="scale"):
+        merge(create("fedavg"), [one, other], [0.5, 0.5])
     with pytest.raises(MergeError, match="no adapter"):
-        get_strategy("product_mean").merge([], [])
+        merge(create("product_mean"), [], [])
 
 
 def test_unknown_strategy_names_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="product_mean"):
-        get_strategy("best")
+    with pytest.raises(ConfigError, match=r"strategy\.name=best: choose one of .*product_mean"):
+        create("best")
 
 
 def test_stacking_is_the_sum() -> None:

@@ -1,0 +1,76 @@
+"""DARE (arXiv 2311.03099): drop entries at random and divide the others by the share kept.
+
+Its expectation is the update itself, so without an election it is the mean plus noise of variance
+(1 - p) / p; with one (DARE-TIES) signs are elected among what was kept. The mask follows from run,
+round, tensor and the update itself, so it can be repeated and does not depend on order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from strategies.base import Declaration, Draw, Strategy, Update
+from strategies.entries import dense, dropped, elected, fused, row_ranks, scaled
+
+
+class Dare(Strategy):
+    """Random drop with rescaling, then the mean, or a mean of what agrees in sign."""
+
+    name: ClassVar[str] = "dare"
+    declared: ClassVar = Declaration(
+        space="entries", paper="arXiv 2311.03099", keeps=frozenset({"gauge"})
+    )
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.5  # probability that an entry is kept
+    elect: bool = True  # DARE-TIES; false: DARE-linear
+    strength: Annotated[float, Field(gt=0, le=10)] = 1.0
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``."""
+        marks = [adapter.fingerprint() for adapter in adapters]
+        merged = {}
+        for name, own in dense(adapters).items():
+            kept = [
+                dropped(d, self.keep(d), draw.of(f"{name}:{mark}"))
+                for d, mark in zip(own, marks, strict=True)
+            ]
+            signs = elected(kept, weights, "weighted") if self.elect else None
+            merged[name] = fused(kept, weights, signs)
+        return scaled(merged, self.strength)
+
+    def keep(self, update: Tensor) -> Tensor | float:
+        """Probability that an entry is kept: one number, or one for each entry (m, n)."""
+        return self.density
+
+
+class Della(Dare):
+    """DELLA (arXiv 2406.11617): larger entries of a row are kept with a higher probability.
+
+    p = density - window + 2 window rank / (n - 1), rank 0 for the least of the row.
+    """
+
+    name: ClassVar[str] = "della"
+    declared: ClassVar = Declaration(
+        space="entries", paper="arXiv 2406.11617", keeps=frozenset({"gauge"})
+    )
+    window: Annotated[float, Field(gt=0, lt=1)] = 0.1  # the paper's epsilon
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> Della:
+        low, high = self.window, 1 - self.window
+        if not low < self.density <= high:
+            raise ValueError(f"strategy.density={self.density:g}: from {low:g} to {high:g}")
+        return self
+
+    def keep(self, update: Tensor) -> Tensor:
+        """See ``Dare.keep``."""
+        width = max(1, update.shape[1] - 1)
+        lowest = torch.tensor(self.density - self.window, dtype=torch.float64)
+        return lowest + 2 * self.window * row_ranks(update) / width

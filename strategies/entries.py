@@ -1,0 +1,93 @@
+"""Steps on the single entries of dense updates, from which the sparse strategies are put together.
+
+Trim or drop entries of each hospital's update, elect a sign for every place, fuse what agrees with
+it. The result has full rank: factorised again it loses energy, which every merge reports, and under
+the noise of differential privacy most large entries are noise. None of these is a default.
+
+Entries depend on the products B A only, never on how they are factorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from strategies.base import deltas
+
+Dense = dict[str, list[Tensor]]  # by layer, the dense updates (m, n) of all hospitals
+
+
+def dense(adapters: Sequence[Adapter]) -> Dense:
+    """dW of every layer and hospital, float64."""
+    return {name: [part.dense() for part in parts] for name, parts in deltas(adapters).items()}
+
+
+def trimmed(updates: Dense, density: float, scope: Literal["layer", "model"]) -> Dense:
+    """Each hospital's largest entries, ``density`` of them over a layer or over the whole model.
+
+    At least one entry is kept; of equal ones at the threshold, all are.
+    """
+    hospitals = range(len(next(iter(updates.values()))))
+    limits: dict[tuple[str, int], Tensor] = {}
+    for k in hospitals:
+        if scope == "model":
+            limit = _threshold(torch.cat([u[k].abs().flatten() for u in updates.values()]), density)
+            limits |= {(name, k): limit for name in updates}
+        else:
+            for name, own in updates.items():
+                limits[name, k] = _threshold(own[k].abs().flatten(), density)
+    return {
+        name: [torch.where(d.abs() >= limits[name, k], d, 0.0) for k, d in enumerate(own)]
+        for name, own in updates.items()
+    }
+
+
+def row_ranks(update: Tensor) -> Tensor:
+    """Rank of every entry's magnitude within its row, from 0 (least) to n - 1, as float64."""
+    return update.abs().argsort(dim=1, stable=True).argsort(dim=1).to(torch.float64)
+
+
+def dropped(update: Tensor, keep: Tensor | float, generator: torch.Generator) -> Tensor:
+    """Each entry kept with probability ``keep`` and divided by it: the expectation is unchanged."""
+    probability = torch.as_tensor(keep, dtype=torch.float64).expand(update.shape)
+    kept = torch.rand(update.shape, generator=generator, dtype=torch.float64) < probability
+    return torch.where(kept, update / probability, 0.0)
+
+
+def elected(
+    own: Sequence[Tensor], weights: Sequence[float], by: Literal["weighted", "unweighted"]
+) -> Tensor:
+    """Sign of the (weighted) sum at every place; + where it is zero."""
+    votes = weights if by == "weighted" else [1.0] * len(own)
+    total = torch.stack([v * d for v, d in zip(votes, own, strict=True)]).sum(0)
+    return torch.where(total < 0, -1.0, 1.0).to(total.dtype)
+
+
+def fused(own: Sequence[Tensor], weights: Sequence[float], signs: Tensor | None) -> Tensor:
+    """Weighted mean at every place of the entries that are there and have the elected sign.
+
+    The weights of those that agree are made to sum to one; where nobody agrees the result is zero.
+    Without ``signs`` it is the weighted mean of all, zeros included.
+    """
+    if signs is None:
+        return torch.stack([w * d for w, d in zip(weights, own, strict=True)]).sum(0)
+    total, weight = torch.zeros_like(own[0]), torch.zeros_like(own[0])
+    for w, d in zip(weights, own, strict=True):
+        agrees = d * signs > 0
+        total += torch.where(agrees, w * d, 0.0)
+        weight += torch.where(agrees, w, 0.0)
+    return torch.where(weight > 0, total / weight.clamp(min=1e-300), 0.0)
+
+
+def scaled(updates: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Every update times ``factor``."""
+    return {name: update * factor for name, update in updates.items()}
+
+
+def _threshold(magnitudes: Tensor, density: float) -> Tensor:
+    count = max(1, round(density * magnitudes.numel()))
+    return magnitudes.kthvalue(magnitudes.numel() - count + 1).values

@@ -1,0 +1,47 @@
+"""LiNeS (arXiv 2410.17146): scale a merged update by depth, little at the bottom, more at the top.
+
+    layer l of L:   (first + (last - first) l / (L - 1)) dW_l
+
+General features lie in the first layers, what a task needs in the last. It wraps any strategy:
+``strategy=lines strategy.of=ties``. Layers without a number in their path count as first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from adapters.adapter import Adapter
+from strategies.base import Declaration, Draw, Strategy, Update
+
+_DEPTH = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+class Lines(Strategy):
+    """Another strategy's result, scaled layer by layer."""
+
+    name: ClassVar[str] = "lines"
+    declared: ClassVar = Declaration(
+        space="gram", paper="arXiv 2410.17146", keeps=frozenset({"scale", "gauge"})
+    )
+    of: str = "product_mean"  # the strategy that is wrapped
+    parameters: dict[str, Any] = Field(default_factory=dict)  # of that strategy
+    first: Annotated[float, Field(ge=0, le=10)] = 0.5
+    last: Annotated[float, Field(ge=0, le=10)] = 1.0
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``."""
+        from strategies.registry import create  # which knows this class too
+
+        merged = create(self.of, self.parameters).combine(adapters, weights, draw)
+        depths = {name: int(d[1]) if (d := _DEPTH.search(name)) else 0 for name in merged}
+        deepest = max(max(depths.values()), 1)
+        return {
+            name: update * (self.first + (self.last - self.first) * depths[name] / deepest)
+            for name, update in merged.items()
+        }

@@ -1,0 +1,54 @@
+"""Coordinate-wise median and trimmed mean (arXiv 1803.01498) of the dense updates.
+
+Up to the trimmed share of hospitals may send anything at all, and every entry of the result still
+lies within the range of the others'. Hospitals count equally: a weight would be a way to lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from adapters.adapter import Adapter
+from strategies.base import Declaration, Draw, MergeError, Strategy, Update
+from strategies.entries import dense
+
+
+class Median(Strategy):
+    """Median of every entry; of an even number of hospitals, the mean of the middle two."""
+
+    name: ClassVar[str] = "median"
+    declared: ClassVar = Declaration(space="entries", paper="arXiv 1803.01498")
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``."""
+        return {
+            name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense(adapters).items()
+        }
+
+
+class TrimmedMean(Strategy):
+    """Mean of every entry without its ``liars`` largest and ``liars`` smallest values."""
+
+    name: ClassVar[str] = "trimmed_mean"
+    declared: ClassVar = Declaration(
+        space="entries", paper="arXiv 1803.01498", keeps=frozenset({"equal", "scale", "gauge"})
+    )
+    liars: Annotated[int, Field(ge=1)] = 1  # hospitals that may send anything
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``. Raises MergeError with too few hospitals."""
+        k, f = len(adapters), self.liars
+        if k <= 2 * f:
+            raise MergeError(f"{self.name} with liars={f} needs at least {2 * f + 1} hospitals")
+        return {
+            name: torch.stack(own).sort(0).values[f : k - f].mean(0)
+            for name, own in dense(adapters).items()
+        }

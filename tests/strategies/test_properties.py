@@ -1,0 +1,269 @@
+"""What every strategy must keep, where its declaration says that it does; and refuse, always."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import LowRank
+from conf.load import ConfigError, groups, load
+from conf.schema import RunSettings
+from strategies.base import Draw, MergeError, Strategy
+from strategies.merging import Merge, merge
+from strategies.registry import OURS, create
+
+TARGETS = ("q", "v")
+SHAPES = {"layers.0.q": (9, 7), "layers.1.v": (6, 8)}
+NAMES = [kind.name for kind in OURS]
+SHARED = {"ffa", "fedsvd", "rolora"}  # need the same A
+RANDOM = {"dare", "della"}  # masks follow from the content
+
+
+def hospitals(count: int, seed: int, shared: bool, ranks: tuple[int, ...] = (3,)) -> list[Adapter]:
+    """Random adapters of the given ranks in turn, float32; with ``shared`` they hold one A."""
+    g = torch.Generator().manual_seed(seed)
+    A = {n: torch.linalg.qr(torch.randn(w, 3, generator=g)).Q.T for n, (_, w) in SHAPES.items()}
+    made = []
+    for k in range(count):
+        r = ranks[k % len(ranks)]
+        layers = {
+            n: LowRank(
+                torch.randn(m, r, generator=g), A[n] if shared else torch.randn(r, w, generator=g)
+            )
+            for n, (m, w) in SHAPES.items()
+        }
+        made.append(Adapter(AdapterSpec(r, 2.0 * r, TARGETS), layers))
+    return made
+
+
+def fitting(name: str, count: int, seed: int = 1) -> list[Adapter]:
+    """As many hospitals as the strategy takes, at most ``count``."""
+    return hospitals(2 if name == "slerp" else count, seed, name in SHARED)
+
+
+def strategy(name: str) -> Strategy:
+    return create(name)
+
+
+def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {n: d.to(torch.float64).dense() for n, d in adapter.deltas().items()}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative to the larger one."""
+    gap = math.sqrt(sum(float((one[n] - other[n]).square().sum()) for n in one))
+    size = max(math.sqrt(sum(float(x.square().sum()) for x in d.values())) for d in (one, other))
+    return gap / size if size else 0.0
+
+
+def equal_weights(adapters: list[Adapter]) -> list[float]:
+    return [1 / len(adapters)] * len(adapters)
+
+
+def whole(name: str, adapters: list[Adapter], weights: list[float] | None = None) -> Merge:
+    """Merged at full rank, so that nothing is lost on the way back to factors."""
+    return merge(strategy(name), adapters, weights or equal_weights(adapters), rank=7)
+
+
+def keeping(what: str) -> list[str]:
+    return [kind.name for kind in OURS if what in kind.declared.keeps]
+
+
+@pytest.mark.parametrize("name", keeping("one"))
+def test_one_hospital_merges_to_itself(name: str) -> None:
+    one = fitting(name, 1)[:1]
+    assert distance(dense(whole(name, one).adapter), dense(one[0])) < 1e-6
+
+
+@pytest.mark.parametrize("name", keeping("equal"))
+def test_equal_hospitals_merge_to_themselves(name: str) -> None:
+    same = fitting(name, 1)[:1] * (2 if name == "slerp" else 5)
+    assert distance(dense(whole(name, same).adapter), dense(same[0])) < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_hospitals_does_not_matter(name: str) -> None:
+    adapters = fitting(name, 5)
+    raw = [0.3, 0.25, 0.2, 0.15, 0.1][: len(adapters)]
+    weights = [w / sum(raw) for w in raw]
+    there = whole(name, adapters, weights).adapter
+    back = whole(name, adapters[::-1], weights[::-1]).adapter
+    assert distance(dense(there), dense(back)) < 1e-6
+
+
+@pytest.mark.parametrize("name", keeping("scale"))
+@settings(deadline=None, max_examples=8)
+@given(factor=st.floats(1e-6, 1e4))
+def test_scaling_every_hospital_scales_the_result(name: str, factor: float) -> None:
+    adapters = fitting(name, 5)
+    scaled = [
+        Adapter(
+            a.spec, {n: LowRank((x.B.double() * factor).float(), x.A) for n, x in a.layers.items()}
+        )
+        for a in adapters
+    ]
+    expected = {n: d * factor for n, d in dense(whole(name, adapters).adapter).items()}
+    assert distance(dense(whole(name, scaled).adapter), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", keeping("gauge"))
+def test_only_products_matter_not_how_they_are_factorised(name: str) -> None:
+    """B G and G^-1 A are the same update; where one factor must be shared, one G for all."""
+    adapters = fitting(name, 5)
+    g = torch.Generator().manual_seed(5)
+    common = torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
+    turned = []
+    for adapter in adapters:
+        G = common if name in SHARED else torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
+        layers = {n: LowRank(x.B @ G, G.T @ x.A) for n, x in adapter.layers.items()}
+        turned.append(Adapter(adapter.spec, layers))
+    if name in RANDOM:  # masks follow from bits: compare expectations instead, over many rounds
+        many = range(300)
+        w = equal_weights(adapters)
+        kind = create(name, {"elect": False})
+        means = []
+        for own in (adapters, turned):
+            total = [dense(merge(kind, own, w, Draw("r", i), rank=7).adapter) for i in many]
+            means.append({n: sum(t[n] for t in total) / len(total) for n in SHAPES})
+        assert distance(*means) < 0.15
+        return
+    one, other = (dense(whole(name, own).adapter) for own in (adapters, turned))
+    assert distance(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("name", [k.name for k in OURS if k.declared.exact])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_is_declared_exact_is_the_mean_of_the_products(name: str, count: int) -> None:
+    adapters = hospitals(count, 4, name in SHARED)
+    weights = [w / sum(range(1, count + 1)) for w in range(1, count + 1)]
+    expected = {
+        n: sum(w * dense(a)[n] for a, w in zip(adapters, weights, strict=True)) for n in SHAPES
+    }
+    found = merge(strategy(name), adapters, weights, rank=7)
+    assert distance(dense(found.adapter), expected) < 1e-6
+    assert found.norm_ratio == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hospital_that_learned_nothing_is_no_mistake(name: str) -> None:
+    adapters = fitting(name, 5)
+    nothing = {n: LowRank(torch.zeros_like(x.B), x.A) for n, x in adapters[0].layers.items()}
+    adapters[0] = Adapter(adapters[0].spec, nothing)
+    assert whole(name, adapters).adapter.is_finite()
+    zeros = [
+        Adapter(a.spec, {n: LowRank(torch.zeros_like(x.B), x.A) for n, x in a.layers.items()})
+        for a in adapters
+    ]
+    found = whole(name, zeros)
+    assert all(not d.any() for d in dense(found.adapter).values())
+    assert found.norm_ratio == 1.0
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARED | {"fedavg"}])
+def test_mixed_ranks_merge(name: str) -> None:
+    adapters = hospitals(2 if name == "slerp" else 5, 3, False, ranks=(1, 4, 2))
+    found = whole(name, adapters)
+    assert found.adapter.is_finite()
+    assert found.discrepancy is None
+    assert {layer.rank for layer in found.adapter.layers.values()} == {7}
+
+
+@pytest.mark.parametrize("name", ["fedavg", *sorted(SHARED)])
+def test_factors_of_different_rank_have_no_mean(name: str) -> None:
+    with pytest.raises(MergeError, match="rank"):
+        whole(name, hospitals(3, 3, False, ranks=(1, 2)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
+    adapters = fitting(name, 5)
+    layer = adapters[0].layers["layers.0.q"]
+    layer.B[0, 0] = value
+    with pytest.raises(MergeError, match="NaN or infinity"):
+        whole(name, adapters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_shapes_and_other_layers_are_refused(name: str) -> None:
+    adapters = fitting(name, 5)
+    layers = dict(adapters[1].layers)
+    other = layers.pop("layers.1.v")
+    with pytest.raises(MergeError, match="differ"):
+        whole(name, [adapters[0], Adapter(adapters[1].spec, layers), *adapters[2:]])
+    wider = {**layers, "layers.1.v": LowRank(other.B[:-1], other.A)}
+    with pytest.raises(MergeError, match="differ"):
+        whole(name, [adapters[0], Adapter(adapters[1].spec, wider), *adapters[2:]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_inputs_are_left_as_they_are_and_the_result_repeats(name: str) -> None:
+    adapters = fitting(name, 5)
+    before = [a.fingerprint() for a in adapters]
+    one, two = (whole(name, adapters).adapter.fingerprint() for _ in range(2))
+    assert one == two
+    assert [a.fingerprint() for a in adapters] == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_has_an_option_file_with_its_defaults(name: str) -> None:
+    assert name in groups()["strategy"]
+    train = create(name).declared.trains[0]
+    chosen = load("simulate", [f"strategy={name}", f"adapter.train={train}"], RunSettings).strategy
+    assert create(chosen.name, chosen.parameters) == create(name)
+    assert set(chosen.parameters) == set(create(name).model_dump())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        ("ties", {"density": 1.5}, "strategy.density=1.5: input should be less than 1"),
+        ("ties", {"densty": 0.5}, "strategy.densty=0.5: extra inputs are not permitted"),
+        ("ties", {"scope": "row"}, "strategy.scope=row: input should be 'layer' or 'model'"),
+        ("della", {"window": 0.6}, "strategy.density=0.5: from 0.6 to 0.4"),
+        ("breadcrumbs", {"outliers": 0.9}, "strategy.density=0.15: with strategy.outliers=0.9 at"),
+        ("lines", {"of": "best"}, "strategy.name=best: choose one of "),
+        ("lines", {"of": "ties", "parameters": {"density": 2}}, "strategy.density=2: "),
+    ],
+)
+def test_an_impossible_parameter_is_named(name: str, parameters: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as problem:
+        create(name, parameters)
+    assert str(problem.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "said"),
+    [
+        ("ffa", "both", "strategy=ffa merges B | core; or take strategy=breadcrumbs | "),
+        ("fedsvd", "A", "strategy=fedsvd merges B; or take "),
+        ("product_mean", "core", "strategy=product_mean merges B | A | alternate | both; or take "
+         "strategy=fedavg | ffa"),
+        ("lines", "core", "strategy=lines merges "),
+    ],
+)  # fmt: skip
+def test_a_strategy_follows_only_trainings_whose_frozen_part_it_keeps(
+    name: str, train: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError) as problem:
+        create(name, train=train)
+    assert str(problem.value).startswith(f"adapter.train={train}: {said}")
+
+
+def test_masks_follow_from_run_round_and_tensor() -> None:
+    adapters = fitting("dare", 3)
+    w = equal_weights(adapters)
+
+    def merged(draw: Draw) -> dict[str, torch.Tensor]:
+        return dense(merge(create("dare"), adapters, w, draw, rank=7).adapter)
+
+    one = merged(Draw("run", 1))
+    assert distance(one, merged(Draw("run", 1))) == 0
+    assert distance(one, merged(Draw("run", 2))) > 0.1
+    assert distance(one, merged(Draw("other", 1))) > 0.1
