@@ -61,11 +61,13 @@ def train_only(peft_model: PeftModel, part: TrainedPart, seed: int = 0) -> None:
     """Freeze all but one part of the attached adapter, whose product stays as it is.
 
     For "core", B is written as its frame (drawn from ``seed``) times a core, and what of B lies
-    outside the frame is lost.
+    outside the frame is lost. Raises UnsupportedAdapter where a layer has no frame of that rank.
     """
     for name, layer in _lora_layers(peft_model).items():
         B = _factor_B(layer)
         if part == "core":
+            if B.shape[1] > B.shape[0]:
+                raise UnsupportedAdapter(f"rank {B.shape[1]} exceeds the width of {name}")
             layer.lora_B[_NAME] = _FramedB(B, frame(name, B.shape[0], B.shape[1], seed))
         elif isinstance(layer.lora_B[_NAME], _FramedB):
             layer.lora_B[_NAME] = nn.Linear(B.shape[1], B.shape[0], bias=False)

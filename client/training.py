@@ -29,7 +29,7 @@ from client.notes.note import Note
 from client.notes.split import split_units
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
 from client.privacy.authorise import authorise, require_model, require_unit
-from client.privacy.engine import clipped_sum, noised_mean
+from client.privacy.engine import clipped_sum, noised_mean, rehearse
 from client.privacy.gate import Gate, Outgoing
 from client.privacy.ledger import Ledger, LedgerError, Reservation
 from client.privacy.metadata import (
@@ -73,7 +73,7 @@ def train_round(
         return _train(plan, received, policy, None, None, on_step, audit_head)
     random = SecureRandomness()
     if test_seed is not None:
-        random = SeededNoise(policy.lineage, test_seed, plan.run, plan.round)
+        random = SeededNoise(policy.lineage, test_seed, policy.site, _task(plan, received))
     try:
         with Ledger.of(policy) as ledger, ledger.turn():
             reply = ledger.reply(_task(plan, received))
@@ -96,9 +96,12 @@ def _train(
     """The round itself; without ``ledger`` and ``random`` it trains without privacy."""
     bench = _workbench(policy.model, policy.compute, plan.spec)
     model = bench.model
-    lora.train_only(model, plan.upload, plan.seed)
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     require_model(plan, bench.fingerprint, longest)
+    try:
+        lora.train_only(model, plan.upload, plan.seed)
+    except lora.UnsupportedAdapter as problem:
+        raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
     units = site_units(policy, plan.privacy.unit)
     require_unit(plan, units.has_patients)
     try:
@@ -120,6 +123,7 @@ def _train(
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
         return Gate(plan, policy, received, charge=None).release(trained, facts)
 
+    bench.rehearse(plan, policy.compute)
     reservation, charge = _reserve(ledger, plan, received, policy, audit_head, random.name)
     try:
         noise = step_noise(charge.noise_multiplier, policy.share)
@@ -256,6 +260,7 @@ def _reserve(
             max_notes_per_unit=privacy.max_notes_per_unit,
             randomness=randomness,
             released=sorted(names),
+            share=policy.share.model_dump(),
             audit_head=audit_head,
         )
     except BudgetExhausted as problem:
@@ -293,6 +298,18 @@ class _Workbench:
     base: BaseModel
     fingerprint: str
     model: PeftModel
+    rehearsed: set[tuple[str, int]]
+
+    def rehearse(self, plan: TrainingPlan, compute: ComputeSettings) -> None:
+        """Find out once whether there is memory for such a plan. Raises Refusal."""
+        what = plan.upload, plan.privacy.max_tokens
+        if what in self.rehearsed:
+            return
+        try:
+            rehearse(self.model, plan.privacy.max_tokens, compute.engine, compute.micro_tokens)
+        except (MemoryError, RuntimeError):  # which PyTorch raises too
+            raise Refusal(Reason.LIMIT_EXCEEDED, "the plan cannot be computed here") from None
+        self.rehearsed.add(what)
 
 
 @lru_cache(maxsize=1)
@@ -303,7 +320,7 @@ def _workbench(settings: ModelSettings, compute: ComputeSettings, spec: AdapterS
         if compute.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
         fingerprint = base.fingerprint
-        return _Workbench(base, fingerprint, lora.attach(base.model, spec))
+        return _Workbench(base, fingerprint, lora.attach(base.model, spec), set())
     except ModelError as problem:
         raise Refusal(Reason.MODEL_MISMATCH, str(problem)) from None
     except lora.UnsupportedAdapter as problem:

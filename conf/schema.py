@@ -62,7 +62,8 @@ class PrivacySettings(Settings):
     unit: Literal["patient", "note"]
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=0.01)]
-    clip_norm: Positive
+    # Not so small that steps of the grids it defines could underflow: an error would tell of notes.
+    clip_norm: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     denominator: Annotated[int, Field(ge=1)]  # units a step is divided by
     max_notes_per_unit: Annotated[int, Field(ge=1, le=64)]

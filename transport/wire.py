@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
@@ -41,6 +42,8 @@ def unpack_task(content: RecordDict) -> tuple[TrainingPlan, Adapter]:
     except Exception as problem:  # bytes that are no array fail in many ways
         raise ValueError(f"malformed task ({type(problem).__name__})") from None
     adapter = Adapter.from_tensors(tensors, plan.spec)
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise ValueError("the adapter is not float32")
     if not adapter.is_finite():
         raise ValueError("the adapter holds NaN or infinity")
     return plan, adapter

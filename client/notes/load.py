@@ -7,6 +7,7 @@ nothing is read twice under one id, and no log, message or exception holds note 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def load_notes(settings: NotesSettings) -> NoteSet:
     record is bad.
     """
     path = _checked_path(settings)
-    outcomes = list(_without_duplicates(_READERS[settings.source](path, settings)))
+    outcomes = _without_duplicates(list(_READERS[settings.source](path, settings)))
     found = NoteSet(
         notes=tuple(o for o in outcomes if isinstance(o, Note)),
         rejected=tuple(o for o in outcomes if isinstance(o, Rejected)),
@@ -63,22 +64,34 @@ def load_notes(settings: NotesSettings) -> NoteSet:
     return found
 
 
-def _without_duplicates(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
-    """Reject notes whose id was already there."""
-    seen: set[tuple[str | None, str]] = set()  # an id is a patient's own: nobody displaces another
+def _without_duplicates(outcomes: list[Outcome]) -> list[Outcome]:
+    """Reject copies of a note, and every note whose id stands for different texts.
+
+    To keep the first of several different ones would let one note that is added remove another:
+    two units would change where the guarantee speaks of one. An id is a patient's own.
+    """
+    texts: dict[tuple[str | None, str], set[str]] = defaultdict(set)
     for outcome in outcomes:
-        if not isinstance(outcome, Note):
-            yield outcome
-        elif (key := (outcome.patient_id, outcome.note_id)) not in seen:
+        if isinstance(outcome, Note):
+            texts[outcome.patient_id, outcome.note_id].add(outcome.text)
+    seen = set()
+    kept: list[Outcome] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Note):
+            key = (outcome.patient_id, outcome.note_id)
+            if key in seen or len(texts[key]) > 1:
+                kept.append(_duplicate(outcome))
+                continue
             seen.add(key)
-            yield outcome
-        else:
-            file, _, line = outcome.origin.rpartition(":")
-            file, _, line = outcome.origin.rpartition(":")
-            if line.isdecimal():
-                yield Rejected(file, int(line), Reason.DUPLICATE)
-            else:  # a file without lines
-                yield Rejected(outcome.origin, None, Reason.DUPLICATE)
+        kept.append(outcome)
+    return kept
+
+
+def _duplicate(note: Note) -> Rejected:
+    file, _, line = note.origin.rpartition(":")
+    if line.isdecimal():
+        return Rejected(file, int(line), Reason.DUPLICATE)
+    return Rejected(note.origin, None, Reason.DUPLICATE)  # a file without lines
 
 
 def _checked_path(settings: NotesSettings) -> Path:

@@ -83,7 +83,7 @@ def epsilon(history: History, delta: float) -> float:
 def _epsilon(history: History, delta: float) -> float:
     authority = _authority(history, delta)
     check = epsilon_prv(history, delta)
-    if abs(check - _PRV_ERROR - authority) > max(_AGREEMENT * authority, 0.01):
+    if not abs(check - _PRV_ERROR - authority) <= max(_AGREEMENT * authority, 0.01):  # nor NaN
         raise AccountingError(f"PLD says epsilon {authority:.4f}, PRV says {check:.4f}")
     return authority
 

@@ -30,7 +30,7 @@ from client.privacy.site_key import SiteKey
 _REMEDY = (
     "put the newest copy back; where there is none, count the whole budget of this data as spent"
 )
-GONE = f"the ledger is gone, and its anchor is not: {_REMEDY}"
+GONE = f"the ledger is gone, and what was made with it is not: {_REMEDY}"
 _NEW_PATH = "if the ledger is known to be the newest copy, name a new path for the anchor"
 
 

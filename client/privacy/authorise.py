@@ -9,6 +9,7 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 
 from adapters.plan import TrainingPlan
+from client.privacy.microbatch import bucket
 from client.refusal import Reason, Refusal
 from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
 from conf.quiet_hours import is_quiet
@@ -49,8 +50,12 @@ def require_model(plan: TrainingPlan, installed: str, longest: int | None) -> No
     """
     if plan.base_model != installed:
         raise Refusal(Reason.MODEL_MISMATCH, f"plan {plan.base_model[:12]}, here {installed[:12]}")
-    if longest and plan.privacy.max_tokens > longest:
-        raise Refusal(Reason.LIMIT_EXCEEDED, f"max_tokens {plan.privacy.max_tokens}")
+    if longest and bucket(plan.privacy.max_tokens) > longest:  # what a long note is padded to
+        raise Refusal(
+            Reason.LIMIT_EXCEEDED,
+            f"max_tokens {plan.privacy.max_tokens}: padded to {bucket(plan.privacy.max_tokens)}, "
+            f"the model reads {longest}",
+        )
 
 
 def require_unit(plan: TrainingPlan, has_patients: bool) -> None:

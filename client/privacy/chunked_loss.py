@@ -25,6 +25,7 @@ from adapters.likelihood import note_losses
 NoteLosses = Callable[[Tensor, Tensor], Tensor]  # ids (n, T), lengths (n) -> losses (n)
 
 _CHUNK = 256  # tokens whose logits exist at a time
+_SMALLEST = -80.0  # log probability, of which exp is still a normal float32
 _PROBE = (3, 1, 2, 5, 4, 2)  # token ids every vocabulary has
 
 
@@ -69,18 +70,23 @@ class _ChunkedNll(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         needed = ctx.needs_input_grad[0]
         losses, gradients = [], []
+        count = len(targets)
+        if count > _CHUNK:  # every chunk of one shape: where a note lies must not change its bits
+            more = -count % _CHUNK
+            hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
         for h, y in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True):
             logits = F.linear(h, weight).float()
             log_sum = logits.logsumexp(1)
             picked = logits.gather(1, y[:, None]).squeeze(1)
             losses.append(log_sum - picked)
             if needed:
-                p = logits.sub_(log_sum[:, None]).exp_()
+                # Below, exp would be denormal, which takes ten times as long: time would tell.
+                p = logits.sub_(log_sum[:, None]).clamp_(min=_SMALLEST).exp_()
                 p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0))
                 gradients.append(p.to(weight.dtype) @ weight)
         if needed:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
+            ctx.save_for_backward(torch.cat(gradients)[:count])
+        return torch.cat(losses)[:count]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:

@@ -29,7 +29,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from client.privacy.microbatch import Unit, cut
+from client.privacy.microbatch import MicroBatch, Unit, cut
 from client.privacy.per_note import Engine, per_note_gradients, trained_parameters
 from conf.schema import MAX_CLIP_NORM
 
@@ -38,6 +38,7 @@ from conf.schema import MAX_CLIP_NORM
 # gradients would be lost in it.
 _SUM_GRID = 40
 _RELEASE_GRID = 2.0**-20  # of the noise's standard deviation
+_HELD = 2**25  # numbers of the gradients that exist at a time: 256 MB in float64
 
 Gradient = dict[str, Tensor]
 
@@ -50,15 +51,17 @@ def unit_gradients(
     A unit comes when its last note is computed; one whose notes lie in several micro-batches is
     kept until then. A unit without notes has no gradient and does not come.
     """
+    together = _gradients_at_a_time(model)
     parts: dict[int, Tensor] = {}
     missing = [len(unit) for unit in units]
     with per_note_gradients(model, engine) as gradients:
-        for batch in cut(units, micro_tokens):
+        for first, batch in _batches(units, micro_tokens, together):
             found = gradients(batch.ids, batch.lengths)
             rows = torch.cat([found[name].flatten(1) for name in trained_parameters(model)], 1)
             # The notes of a unit are added in the order of their lengths, then of the unit: an
             # order that depends on that unit alone.
-            for row, owner in zip(rows, batch.owners):  # noqa: B905  (empty rows have no owner)
+            for row, place in zip(rows, batch.owners):  # noqa: B905  (empty rows have no owner)
+                owner = first + place
                 own = row.double()
                 if owner in parts:
                     own += parts.pop(owner)
@@ -67,6 +70,32 @@ def unit_gradients(
                     parts[owner] = own
                 else:
                     yield owner, own / len(units[owner])
+
+
+def _gradients_at_a_time(model: PeftModel) -> int:
+    """How many notes' or units' gradients may exist at a time: a matter of the adapter's size."""
+    return max(1, _HELD // sum(p.numel() for p in trained_parameters(model).values()))
+
+
+def _batches(
+    units: Sequence[Unit], micro_tokens: int, together: int
+) -> Iterator[tuple[int, MicroBatch]]:
+    """Micro-batches of ``together`` units after another, each with the first one's number."""
+    for first in range(0, len(units), together):
+        for batch in cut(units[first : first + together], micro_tokens, together):
+            yield first, batch
+
+
+def rehearse(model: PeftModel, max_tokens: int, engine: Engine, micro_tokens: int) -> None:
+    """Use as much memory as a step of any sample will, on tokens that are nobody's.
+
+    A shortage that comes before anything is sampled tells of nobody. Raises what running out of
+    memory raises.
+    """
+    size = sum(p.numel() for p in trained_parameters(model).values())
+    held = torch.ones(_gradients_at_a_time(model), size, dtype=torch.float64)
+    clipped_sum(model, [[[0] * max_tokens], [[0]]], 1.0, engine, micro_tokens)
+    del held
 
 
 def clip_factor(norm: float, clip_norm: float) -> float:

@@ -64,12 +64,13 @@ class Ledger:
     ) -> None:
         self.lineage, self.budget, self.delta = lineage, budget, delta
         anchored = anchor is not None and anchor.exists()
-        if anchored and not path.exists():
-            raise LedgerError(f"{path}: {GONE}")
+        own_key = path.with_name(path.name + ".key")
+        if not path.exists() and (anchored or (key is None and own_key.exists())):
+            raise LedgerError(f"{path}: {GONE}")  # a key of its own is made with it, never before
         self._file = LedgerFile(path)
         self._lock = FileLock(path.with_name(path.name + ".lock"))
         new = self._file.head() is None and not anchored
-        self.key = site_key.obtain(key or path.with_name(path.name + ".key"), may_create=new)
+        self.key = site_key.obtain(key or own_key, may_create=new)
         self._anchor = Anchor(anchor, self.key) if anchor else None
 
     @classmethod

@@ -45,17 +45,20 @@ def bucket(length: int) -> int:
     return max(1, -(-length // step)) * step
 
 
-def cut(units: Sequence[Unit], micro_tokens: int) -> Iterator[MicroBatch]:
+def cut(
+    units: Sequence[Unit], micro_tokens: int, max_rows: int | None = None
+) -> Iterator[MicroBatch]:
     """All notes of ``units`` in micro-batches of about ``micro_tokens`` tokens, longest first.
 
     A bucket longer than ``micro_tokens`` gets one row a micro-batch; 0 asks for that everywhere.
+    No micro-batch has more than ``max_rows`` rows (a public constant; None: no limit).
     """
     by_bucket: dict[int, list[tuple[int, Tokens]]] = defaultdict(list)
     for owner, unit in enumerate(units):
         for note in unit:
             by_bucket[bucket(len(note))].append((owner, note))
     for tokens in sorted(by_bucket, reverse=True):
-        rows = max(1, micro_tokens // tokens)
+        rows = max(1, min(micro_tokens // tokens, max_rows or micro_tokens))
         notes = by_bucket[tokens]
         for start in range(0, len(notes), rows):
             yield _fixed_shape(notes[start : start + rows], rows, tokens)

@@ -24,20 +24,37 @@ class Uniform(Protocol):
         ...
 
 
+_BYTES_A_KEY = 2**32  # ChaCha20 as it is here ends at 2^38, and how much is drawn depends on notes
+
+
 class SecureRandomness:
-    """Cryptographic generator with a fresh 256-bit key; make one for each round."""
+    """Cryptographic generator; a fresh 256-bit key for each 4 GiB. Make one for each round."""
 
     name = "ChaCha20, keyed by the operating system"
 
     def __init__(self) -> None:
-        # A fresh key needs no random nonce, and its first four bytes are the block counter, which
-        # must not start near its end.
-        self._stream = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+        self._left = 0  # bytes that the current key may still give
 
     def uniform(self, n: int) -> np.ndarray:
         """``n`` float64 numbers in [0, 1), each a multiple of 2^-53."""
-        words = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8")
+        words = np.frombuffer(self._bytes(8 * n), dtype="<u8")
         return (words >> np.uint64(11)) * 2.0**-53
+
+    def _bytes(self, n: int) -> bytes:
+        parts = []
+        while n:
+            if not self._left:
+                # A fresh key needs no random nonce, and its first four bytes are the block
+                # counter, which must not start near its end.
+                cipher = Cipher(ChaCha20(self._key(), bytes(16)), mode=None)
+                self._stream, self._left = cipher.encryptor(), _BYTES_A_KEY
+            take = min(n, self._left)
+            parts.append(self._stream.update(bytes(take)))
+            n, self._left = n - take, self._left - take
+        return b"".join(parts)
+
+    def _key(self) -> bytes:
+        return os.urandom(32)
 
     def normal(self, n: int) -> np.ndarray:
         """``n`` standard normal float64 numbers (Box-Muller transform)."""

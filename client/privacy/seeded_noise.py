@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-
 from client.privacy.randomness import SecureRandomness
 
 TEST_LINEAGE = "test:"  # how the name of such a lineage begins
@@ -25,5 +22,9 @@ class SeededNoise(SecureRandomness):
     def __init__(self, lineage: str, *key: str | int) -> None:
         if not lineage.startswith(TEST_LINEAGE):
             raise ValueError(f"seeded noise needs a lineage named {TEST_LINEAGE}...: this is real")
-        digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
-        self._stream = Cipher(ChaCha20(digest, bytes(16)), mode=None).encryptor()
+        super().__init__()
+        self._digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
+
+    def _key(self) -> bytes:
+        self._digest = hashlib.sha256(self._digest).digest()
+        return self._digest

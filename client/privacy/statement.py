@@ -25,7 +25,8 @@ from client.privacy.ledger import ADJACENCY, MECHANISM, Ledger, charged, reserva
 FORMAT = "wardround privacy statement 1"
 _SHOWN = (
     "seq", "at", "run", "round", "unit", "mechanisms", "max_notes_per_unit", "clip_norm",
-    "denominator", "steps_planned", "randomness", "base_model", "plan", "code", "accountant",
+    "denominator", "steps_planned", "randomness", "released", "share", "base_model", "plan", "code",
+    "accountant",
 )  # fmt: skip
 _NUMERICS = 0.02  # relative difference of epsilon that is put down to another version's numerics
 

@@ -86,13 +86,37 @@ def test_jsonl_fields_nesting_and_defaults(tmp_path: Path, settings: Make) -> No
     ]
 
 
-def test_later_notes_with_a_used_id_are_rejected(tmp_path: Path, settings: Make) -> None:
+def test_copies_are_rejected_and_so_is_an_id_that_stands_for_different_notes(
+    tmp_path: Path, settings: Make
+) -> None:
     for name, ids in {"a.jsonl": ["x", "y", "x"], "b.jsonl": ["y", "z"]}.items():
         rows = [json.dumps({"id": i, "text": f"{name} {i} seen"}) for i in ids]
         (tmp_path / name).write_text("\n".join(rows))
     found = load_notes(settings("jsonl", tmp_path, note_field="id"))
-    assert [n.text for n in found.notes] == ["a.jsonl x seen", "a.jsonl y seen", "b.jsonl z seen"]
-    assert _rejected(found) == [("a.jsonl", 3, Reason.DUPLICATE), ("b.jsonl", 1, Reason.DUPLICATE)]
+    assert [n.text for n in found.notes] == ["a.jsonl x seen", "b.jsonl z seen"]
+    assert _rejected(found) == [
+        ("a.jsonl", 2, Reason.DUPLICATE),
+        ("a.jsonl", 3, Reason.DUPLICATE),
+        ("b.jsonl", 1, Reason.DUPLICATE),
+    ]
+
+
+def test_one_note_more_changes_at_most_one_other(tmp_path: Path, settings: Make) -> None:
+    """Whatever id it comes under: with the first to come kept, one would go and another come."""
+    rows = [{"id": i % 3, "text": f"note {i % 4} of the ward"} for i in range(6)]
+    file = tmp_path / "notes.jsonl"
+
+    def kept(some: list[dict[str, object]]) -> set[tuple[str, str]]:
+        file.write_text("\n".join(map(json.dumps, some)))
+        found = load_notes(settings("jsonl", file, note_field="id"))
+        return {(n.note_id, n.text) for n in found.notes}
+
+    known = [{"id": 9, "text": "a note that is always there"}]
+    for size in range(6):
+        for place in range(size + 1):
+            base = rows[:size]
+            more = [*base[:place], rows[5], *base[place:]]
+            assert len(kept(known + base) ^ kept(known + more)) <= 1
 
 
 def test_gzip_and_its_truncation(tmp_path: Path, settings: Make) -> None:

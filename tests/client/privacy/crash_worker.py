@@ -65,14 +65,14 @@ def arm(place: str, name: str, call: int, when: str) -> None:
 
 
 def mark_draws(file: Path) -> None:
-    """Leave ``file`` as soon as there is randomness to draw a sample or noise with."""
-    real = SecureRandomness.__init__
+    """Leave ``file`` as soon as a sample or noise is drawn."""
+    real = SecureRandomness._bytes
 
-    def watched(self: SecureRandomness, *arguments: Any) -> None:
+    def watched(self: SecureRandomness, n: int) -> bytes:
         file.touch()
-        real(self, *arguments)
+        return real(self, n)
 
-    SecureRandomness.__init__ = watched  # type: ignore[method-assign]
+    SecureRandomness._bytes = watched  # type: ignore[method-assign]
 
 
 def answer(order: dict[str, Any], plan: TrainingPlan, adapter: Adapter) -> None:
@@ -110,10 +110,10 @@ def obey(order: dict[str, Any], plan: TrainingPlan, adapter: Adapter) -> tuple[i
 
 def warm(policy: SitePolicy, plan: TrainingPlan, adapter: Adapter, most: int) -> None:
     """Load the model, and have the accountants know every history of up to ``most`` attempts."""
-    training._workbench(policy.model, policy.compute, plan.spec, plan.adapter.train)
+    training._workbench(policy.model, policy.compute, plan.spec)
     with Ledger.of(policy) as ledger:
         for _ in range(most):
-            training._reserve(ledger, plan, adapter, policy, None)
+            training._reserve(ledger, plan, adapter, policy, None, SecureRandomness.name)
             ledger.spent()
 
 

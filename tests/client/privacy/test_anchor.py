@@ -93,7 +93,7 @@ def test_a_snapshot_that_was_written_to_since_is_noticed(opened: Open, tmp_path:
 def test_a_ledger_that_vanished_is_not_begun_anew(opened: Open, tmp_path: Path) -> None:
     spend(opened)
     shutil.rmtree(tmp_path / "disk")
-    refused(opened, "the ledger is gone, and its anchor is not: put the newest copy back")
+    refused(opened, "the ledger is gone, and what was made with it is not: put the newest")
     assert not (tmp_path / "disk").exists()
 
 
