@@ -14,10 +14,12 @@ from torch import Tensor
 from adapters import lora
 from adapters.adapter import Adapter
 from adapters.base_model import load_base
+from adapters.lowrank import LowRank
 from adapters.plan import TrainingPlan
 from client import training
 from client.notes.split import split_units
 from client.privacy.accountant import GaussianSteps
+from client.privacy.authorise import require_model
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import SecureRandomness
 from client.refusal import Reason, Refusal
@@ -128,6 +130,44 @@ def test_two_private_results_differ_by_exactly_the_noise_that_was_charged(
     assert n > 2500
     assert float(difference.std()) == pytest.approx(expected, rel=5 / (2 * n) ** 0.5)
     assert abs(float(difference.mean())) < 5 * expected / n**0.5
+
+
+def test_a_plan_that_does_not_fit_into_memory_is_refused_before_anything_is_sampled(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 9 GB")
+
+    training._workbench.cache_clear()
+    monkeypatch.setattr(training, "rehearse", short)
+    own = policy()
+    with pytest.raises(Refusal) as refusal:
+        train_round(plan(), starting_point[0], own)
+    assert refusal.value.reason is Reason.LIMIT_EXCEEDED
+    with ledger_of(own) as ledger:
+        assert ledger.history() == ()
+
+
+def test_a_window_that_is_padded_beyond_what_the_model_reads_is_refused(
+    policy: MakePolicy, plan: MakePlan
+) -> None:
+    asked = plan(privacy={"max_tokens": 100})  # a note of 100 tokens is padded to 112
+    with pytest.raises(Refusal, match="exceeds") as refusal:
+        require_model(asked, asked.base_model, 100)
+    assert "padded to 112" in refusal.value.detail
+    require_model(asked, asked.base_model, 112)
+
+
+def test_a_core_wider_than_a_layer_is_refused(policy: MakePolicy, plan: MakePlan) -> None:
+    wide = plan(adapter={"rank": 48, "train": "core", "targets": ["k_proj"]}, upload="core")
+    layers = {
+        f"model.layers.{i}.self_attn.k_proj": LowRank(torch.zeros(16, 48), torch.zeros(48, 32))
+        for i in range(2)
+    }
+    with pytest.raises(Refusal) as refusal:
+        train_round(wide, Adapter(wide.spec, layers), policy())
+    assert refusal.value.reason is Reason.LIMIT_EXCEEDED
+    assert "width" in refusal.value.detail
 
 
 def test_seeded_noise_repeats_a_round_and_is_refused_on_a_real_lineage(

@@ -116,7 +116,7 @@ def test_settings_cannot_be_changed(valid: dict[str, Raw], name: str) -> None:
         ("privacy.unit", ["patient", "note"], ["site", "Patient"]),
         ("privacy.epsilon", [0.01, 100], [0, -3, float("inf"), float("nan"), "eight"]),
         ("privacy.delta", [1e-9], [0, 0.01, 1]),
-        ("privacy.clip_norm", [0.1, 16], [0, 16.1, float("inf")]),
+        ("privacy.clip_norm", [1e-4, 16], [0, 5e-324, 9e-5, 16.1, float("inf")]),
         ("privacy.sampling_rate", [1e-3, 1], [0, 1.01]),
         ("privacy.denominator", [1], [0, 1.5]),
         ("privacy.max_notes_per_unit", [1, 64], [0, 65]),

@@ -55,6 +55,14 @@ def test_a_task_comes_out_as_it_went_in(seed: int, number: int) -> None:
     assert received.fingerprint() == adapter(seed).fingerprint()
 
 
+def test_factors_of_another_type_are_no_task() -> None:
+    content = task()
+    wide = {k: v.double() for k, v in adapter().tensors().items()}
+    content["adapter"] = ArrayRecord(wide)
+    with pytest.raises(ValueError, match="not float32"):
+        unpack_task(content)
+
+
 def test_tensors_travel_as_float32_whatever_they_were() -> None:
     for kind in (torch.float64, torch.bfloat16, torch.float16):
         layers = {n: layer.to(kind) for n, layer in adapter().layers.items()}

@@ -90,9 +90,12 @@ def test_impossible_mechanisms_are_refused(bad: tuple[float, float, int]) -> Non
         GaussianSteps(*bad)
 
 
-def test_accountants_that_disagree_stop_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accountant, "epsilon_prv", lambda history, delta: 1.5)
-    with pytest.raises(AccountingError, match=r"PRV says 1\.5"):
+@pytest.mark.parametrize("figure", [1.5, float("nan"), float("inf")])
+def test_accountants_that_disagree_stop_everything(
+    monkeypatch: pytest.MonkeyPatch, figure: float
+) -> None:
+    monkeypatch.setattr(accountant, "epsilon_prv", lambda history, delta: figure)
+    with pytest.raises(AccountingError, match=f"PRV says {figure:.1f}"):
         epsilon((GaussianSteps(0.11, 0.77, 13),), DELTA)
 
 

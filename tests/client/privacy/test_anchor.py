@@ -97,6 +97,19 @@ def test_a_ledger_that_vanished_is_not_begun_anew(opened: Open, tmp_path: Path) 
     assert not (tmp_path / "disk").exists()
 
 
+def test_without_an_anchor_a_key_that_is_left_tells_of_a_ledger_that_vanished(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "own" / "l.sqlite"
+    Ledger(path, "notes", 8.0, 1e-5).close()
+    for part in path.parent.glob("l.sqlite*"):
+        if part.suffix != ".key":
+            part.unlink()
+    with pytest.raises(LedgerError, match="the ledger is gone"):
+        Ledger(path, "notes", 8.0, 1e-5)
+    assert not path.exists()
+
+
 def test_a_ledger_that_was_emptied_is_noticed(opened: Open, tmp_path: Path) -> None:
     spend(opened)
     path = tmp_path / "disk" / "l.sqlite"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,13 @@ from adapters.adapter import AdapterSpec
 from adapters.base_model import load_base
 from adapters.likelihood import note_losses, pad_right, token_losses
 from client.privacy import per_note
-from client.privacy.engine import clip_factor, clipped_sum, noised_mean, unit_gradients
+from client.privacy.engine import (
+    clip_factor,
+    clipped_sum,
+    noised_mean,
+    rehearse,
+    unit_gradients,
+)
 from client.privacy.per_note import Engine, per_note_gradients, trained_parameters
 from client.privacy.randomness import SecureRandomness
 from conf.schema import ModelSettings
@@ -176,6 +184,48 @@ def test_batch_mates_change_nothing_bit_for_bit(model: PeftModel, micro: int) ->
         expected = sum((one[name] for one in alone), torch.zeros_like(together[name]))
         assert torch.equal(together[name], expected)
         assert torch.equal(backwards[name], expected)
+
+
+@pytest.mark.parametrize("held", [1, 3000, 10**9])
+def test_how_many_gradients_are_held_changes_no_bit(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    expected = clipped_sum(model, UNITS, 0.05, micro_tokens=96)
+    monkeypatch.setattr("client.privacy.engine._HELD", held)
+    found = clipped_sum(model, UNITS, 0.05, micro_tokens=96)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_no_more_gradients_exist_at_a_time_than_the_adapters_size_allows(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that grew with the sample would tell of it where it runs out."""
+    size = sum(p.numel() for p in trained_parameters(model).values())
+    monkeypatch.setattr("client.privacy.engine._HELD", 2 * size)
+    rows = []
+    real = per_note_gradients
+
+    @contextmanager
+    def watched(*arguments: Any) -> Iterator[Callable[..., Any]]:
+        with real(*arguments) as gradients:
+            yield lambda ids, lengths: rows.append(len(ids)) or gradients(ids, lengths)
+
+    monkeypatch.setattr("client.privacy.engine.per_note_gradients", watched)
+    clipped_sum(model, UNITS * 5, 0.05, micro_tokens=10_000)
+    assert set(rows) == {2}
+
+
+def test_a_rehearsal_takes_as_much_memory_as_a_step(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def seen(_: object, units: Any, *__: Any) -> None:
+        shapes.extend(len(note) for unit in units for note in unit)
+
+    monkeypatch.setattr("client.privacy.engine.clipped_sum", seen)
+    rehearse(model, 200, "fast", 64)
+    assert sorted(shapes) == [1, 200]  # the longest bucket, and that of the most rows
 
 
 def test_shapes_that_follow_the_batch_would_not_be_independent(

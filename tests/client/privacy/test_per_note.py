@@ -22,6 +22,30 @@ ROWS = [[4, 8, 15, 16, 23, 42, 5, 6, 9], [9, 2, 2, 41], [30, 31], [7]]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(16, 16), (5, 52), (3, 200), (24, 33)])
+def test_every_chunk_of_logits_has_one_shape(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int
+) -> None:
+    """A smaller last chunk would go through another kernel: a note's bits would tell its place."""
+    heights = []
+    real = torch.nn.functional.linear
+
+    def watched(h: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if h.ndim == 2:
+            heights.append(len(h))
+        return real(h, *rest)
+
+    losses = memory_saving_losses(adapted(llama(tiny_model)))
+    monkeypatch.setattr(chunked_loss.F, "linear", watched)
+    ids = torch.randint(5, 200, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    found = losses(ids, torch.full((rows,), tokens))
+    assert len(set(heights)) == 1
+    assert len(found) == rows
+    found.sum().backward()
+    alone = losses(ids[-1:], torch.tensor([tokens]))
+    assert torch.allclose(found[-1:], alone, atol=1e-5)
+
+
 def llama(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval().requires_grad_(False)

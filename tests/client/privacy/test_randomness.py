@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from client.privacy import randomness
 from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.sampling import poisson_sample
+from client.privacy.seeded_noise import SeededNoise
 
 UNITS = {f"p{i}": [f"p{i}n{j}" for j in range(1 + i % 4)] for i in range(2000)}
 
@@ -27,6 +29,31 @@ def test_uniform_numbers_are_uniform() -> None:
     draws = SecureRandomness().uniform(100_000)
     assert 0 <= draws.min() <= draws.max() < 1
     assert stats.kstest(draws, "uniform").pvalue > 1e-5
+
+
+def test_a_key_is_replaced_before_its_stream_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that ended would raise, and when it does depends on how many notes there are."""
+    keys = []
+    real = SecureRandomness._key
+
+    def counted(self: SecureRandomness) -> bytes:
+        keys.append(real(self))
+        return keys[-1]
+
+    monkeypatch.setattr(randomness, "_BYTES_A_KEY", 1000)
+    monkeypatch.setattr(SecureRandomness, "_key", counted)
+    draws = SecureRandomness().normal(20_000)
+    assert len(keys) == 160 == len(set(keys))
+    assert stats.kstest(draws, "norm").pvalue > 1e-5
+    assert abs(np.corrcoef(draws[:-125], draws[125:])[0, 1]) < 0.05
+
+
+def test_seeded_noise_differs_by_every_part_of_its_key() -> None:
+    one, same, other = (SeededNoise("test:x", 1, site).normal(500) for site in ("a", "a", "b"))
+    assert np.array_equal(one, same)
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.3
+    with pytest.raises(ValueError, match="this is real"):
+        SeededNoise("patients", 1)
 
 
 def test_two_generators_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
