@@ -29,6 +29,7 @@ from client.privacy.audit_log import AuditLogError
 from client.privacy.chain import Entry
 from client.privacy.ledger import Ledger, LedgerError, charged, reservations
 from client.privacy.ledger_file import LedgerFile
+from client.privacy.metadata import charges_of_a_run
 from client.site import read_policy
 from conf.commands import LedgerCommand, LedgerPlan
 from conf.load import ConfigError
@@ -88,8 +89,12 @@ def _plan(command: LedgerCommand, console: Console) -> None:
     steps, spent = wanted.rounds * wanted.local_steps, epsilon(history, limits.delta)
     what = f"{wanted.rounds} x {wanted.local_steps} steps at q={wanted.sampling_rate:g}"
     console.print(f"spent so far: epsilon {spent:.3f} of {limits.epsilon:g}")
+    beside = charges_of_a_run(policy.share, wanted.sampling_rate, wanted.rounds)
+    if beside:
+        console.print("the numbers that the policy shares noised are counted in", soft_wrap=True)
+    history = (*history, *beside)
     try:
-        sigma = _noise(wanted, steps, history, policy)
+        sigma = _noise(wanted, steps, history, beside, policy)
     except BudgetExhausted as problem:
         raise LedgerError(f"the plan does not fit: {problem}") from None
     planned = (*history, GaussianSteps(wanted.sampling_rate, sigma, steps))
@@ -109,16 +114,21 @@ def _plan(command: LedgerCommand, console: Console) -> None:
     )
 
 
-def _noise(wanted: LedgerPlan, steps: int, history: History, policy: SitePolicy) -> float:
-    """Noise multiplier of the plan: as asked, or as a round would calibrate it."""
-    if wanted.noise_multiplier:
-        return wanted.noise_multiplier
+def _noise(
+    wanted: LedgerPlan, steps: int, history: History, beside: History, policy: SitePolicy
+) -> float:
+    """Noise multiplier of the plan: as asked, or as a round would calibrate it.
+
+    ``history`` holds what was spent and, last, what the run is charged ``beside`` its steps.
+    """
     limits = policy.privacy
+    if wanted.noise_multiplier:
+        return max(wanted.noise_multiplier, limits.min_noise_multiplier)
     sigma = calibrate(history, wanted.sampling_rate, steps, limits.epsilon, limits.delta)
     if wanted.epsilon:
-        own = calibrate((), wanted.sampling_rate, steps, wanted.epsilon, limits.delta)
+        own = calibrate(beside, wanted.sampling_rate, steps, wanted.epsilon, limits.delta)
         sigma = max(sigma, own)
-    return sigma
+    return max(sigma, limits.min_noise_multiplier)
 
 
 def _export(command: LedgerCommand, console: Console) -> None:

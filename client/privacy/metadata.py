@@ -88,6 +88,16 @@ def later_charges(plan: TrainingPlan, share: ShareLimits) -> History:
     return (GaussianSteps(plan.privacy.sampling_rate, share.noise, rounds),)
 
 
+def charges_of_a_run(share: ShareLimits, sampling_rate: float, rounds: int) -> History:
+    """What a whole run of ``rounds`` is charged beside its steps: of all rounds together."""
+    events = []
+    if share.counts == "noised":
+        events.append(GaussianSteps(1.0, share.noise, 2))
+    if share.scores == "noised":
+        events.append(GaussianSteps(sampling_rate, share.noise, rounds))
+    return tuple(events)
+
+
 def noised(
     value: float, sensitivity: float, multiplier: float, grid: float, random: SecureRandomness
 ) -> float:

@@ -134,6 +134,21 @@ def test_looking_at_a_ledger_that_is_not_there_does_not_make_one(
 # --- plan --------------------------------------------------------------------------------------
 
 
+def test_a_plan_is_priced_with_what_the_policy_adds_to_it(
+    policy: Callable[..., SitePolicy], person: Person
+) -> None:
+    """As its rounds would be charged: numbers that leave noised, and the floor of noise."""
+    own = policy(
+        share={"counts": "noised", "scores": "noised"}, privacy={"min_noise_multiplier": 7.0}
+    )
+    person.site.write_text(yaml.safe_dump(own.model_dump(mode="json")))
+    text = person.types("plan", "plan.rounds=3", "plan.local_steps=2", "plan.sampling_rate=1")
+    beside = (GaussianSteps(1.0, 10.0, 2), GaussianSteps(1.0, 10.0, 3))
+    after = epsilon((*beside, GaussianSteps(1.0, 7.0, 6)), 1e-5)
+    assert f"noise 7: epsilon {after:.3f} after it" in text
+    assert "shares noised are counted in" in text
+
+
 def test_a_plan_is_priced_on_top_of_what_was_spent(spent: SitePolicy, person: Person) -> None:
     size = ("plan.rounds=3", "plan.local_steps=2", "plan.sampling_rate=1")
     history = (CHARGE,) * 3

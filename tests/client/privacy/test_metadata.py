@@ -23,6 +23,7 @@ from client.privacy.metadata import (
     SharedNumbers,
     bounded,
     charges,
+    charges_of_a_run,
     later_charges,
     noised,
     step_noise,
@@ -233,6 +234,10 @@ def test_what_is_charged_beside_the_steps_follows_plan_and_policy_alone(plan: Ma
     assert events == (GaussianSteps(1.0, 10.0, 2), GaussianSteps(0.5, 10.0, 1))
     assert later_charges(first, ShareLimits(**ALL)) == (  # type: ignore[arg-type]
         GaussianSteps(0.5, 10.0, 4),
+    )
+    assert charges_of_a_run(ShareLimits(**ALL), 0.5, 5) == (  # type: ignore[arg-type]
+        GaussianSteps(1.0, 10.0, 2),
+        GaussianSteps(0.5, 10.0, 5),
     )
     names, events = charges(last, ShareLimits(**ALL))  # type: ignore[arg-type]
     assert names == {"gradient", "loss", "score"}
