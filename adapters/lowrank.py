@@ -76,7 +76,10 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Svd:
-    """Singular value decomposition dW = U diag(S) Vh, float64: U (m, k), S (k), Vh (k, n)."""
+    """All singular values S of dW, and the leading k vectors: U (m, k), Vh (k, n); float64.
+
+    With all vectors dW = U diag(S) Vh.
+    """
 
     U: Tensor
     S: Tensor
@@ -88,7 +91,7 @@ class Svd:
         When rank exceeds the number of singular values the factors are padded: B with zeros and A
         with further orthonormal rows, so that every row of A can still be trained against.
         """
-        k = min(rank, self.S.numel())
+        k = min(rank, self.U.shape[1])
         B, A = self.U[:, :k] * self.S[:k], self.Vh[:k]
         if k < rank:
             B = torch.cat([B, B.new_zeros(B.shape[0], rank - k)], dim=1)
@@ -125,9 +128,10 @@ def weighted_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return stack(scaled)
 
 
-def svd(update: LowRank) -> Svd:
+def svd(update: LowRank, vectors: int | None = None) -> Svd:
     """Exact SVD through QR of both factors and an SVD of the small core.
 
+    All singular values, and the leading ``vectors`` (None: all) singular vectors on either side.
     Signs are fixed (the entry of largest magnitude in each left vector is positive), so equal
     inputs give equal factors. Raises ValueError on NaN or infinity.
     """
@@ -136,19 +140,21 @@ def svd(update: LowRank) -> Svd:
     Qb, Rb = torch.linalg.qr(update.B.double())
     Qa, Ra = torch.linalg.qr(update.A.double().T)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    U, Vh = Qb @ U, Vh @ Qa.T
+    U, Vh = Qb @ U[:, :vectors], Vh[:vectors] @ Qa.T
     sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
     sign[sign == 0] = 1.0
     return Svd(U * sign, S, Vh * sign.T)
 
 
 def gram(parts: Sequence[LowRank]) -> Tensor:
-    """Matrix of inner products G_ij = <dW_i, dW_j>, (K, K) float64."""
-    out = torch.empty(len(parts), len(parts), dtype=torch.float64)
-    for i, left in enumerate(parts):
-        for j in range(i, len(parts)):
-            out[i, j] = out[j, i] = left.inner(parts[j])
-    return out
+    """Matrix of inner products G_ij = <dW_i, dW_j>, (K, K) float64, from two R x R products."""
+    everything = stack(parts)
+    B, A = everything.B.double(), everything.A.double()
+    traces = (B.T @ B) * (A @ A.T)
+    owner = torch.repeat_interleave(torch.tensor([p.rank for p in parts]))
+    rows = torch.zeros(len(parts), len(owner), dtype=torch.float64).index_add_(0, owner, traces)
+    out = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    return out.index_add_(1, owner, rows)
 
 
 def _complement(rows: Tensor, count: int) -> Tensor:

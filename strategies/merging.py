@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
-from adapters.lowrank import LowRank, svd, weighted_sum
+from adapters.lowrank import LowRank, gram, svd
 from strategies.base import (
     Draw,
     MergeError,
     Strategy,
     Update,
+    deltas,
     factor_means,
-    product_means,
 )
-
-_ROUNDING = 1e-12  # relative; below it two factors are the same
+from strategies.inner_products import cosines
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,23 @@ def merge(
     first = adapters[0].spec
     spec = first if rank is None else AdapterSpec(rank, float(rank), first.targets)
     combined = strategy.combine(adapters, weights, draw or Draw())
-    layers, kept = {}, 1.0
+    layers, kept, squared = {}, 1.0, 0.0
     for name, update in combined.items():
-        layers[name], share = _of_rank(update, spec.rank)
-        kept = min(kept, share)
+        layers[name], share, norm = _of_rank(update, spec.rank)
+        kept, squared = min(kept, share), squared + norm**2
     merged = Adapter.from_deltas(layers, spec)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
-    exact = product_means(adapters, weights)
-    size = _norm(exact)
+    updates = deltas(adapters)
+    products = torch.stack([gram(parts) for parts in updates.values()]).sum(0)
+    w = torch.tensor(list(weights), dtype=torch.float64)
+    size = math.sqrt(max(0.0, float(w @ products @ w)))  # of the exact mean
     return Merge(
         merged,
-        _discrepancy(adapters, weights, size),
+        _discrepancy(adapters, updates, weights, size),
         kept,
-        _mean_cosine(adapters),
-        _norm(combined) / size if size else 1.0,
+        _mean_cosine(products),
+        math.sqrt(squared) / size if size else 1.0,
     )
 
 
@@ -88,15 +89,12 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         raise MergeError("an adapter holds NaN or infinity")
 
 
-def _of_rank(update: Update, rank: int) -> tuple[LowRank, float]:
-    """Factors of exactly ``rank``, and the share of the squared norm that they keep."""
-    if isinstance(update, LowRank):
-        if update.rank == rank:  # as it is: what is shared or frozen stays the same bit for bit
-            return update, 1.0
-        parts = svd(update)
-        return parts.truncate(rank), parts.kept_energy(rank)
-    parts = svd(_factors(update))
-    return parts.truncate(rank), parts.kept_energy(rank)
+def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:
+    """Factors of exactly ``rank``, the share of the squared norm that they keep, and the norm."""
+    if isinstance(update, LowRank) and update.rank == rank:
+        return update, 1.0, update.norm()  # as it is: what is shared stays the same bit for bit
+    parts = svd(update if isinstance(update, LowRank) else _factors(update), rank)
+    return parts.truncate(rank), parts.kept_energy(rank), float(parts.S.norm())
 
 
 def _factors(dense: Tensor) -> LowRank:
@@ -107,42 +105,35 @@ def _factors(dense: Tensor) -> LowRank:
     return LowRank(dense, torch.eye(n, dtype=dense.dtype))
 
 
-def _norm(updates: Mapping[str, Update]) -> float:
-    return math.sqrt(sum(float(u.norm()) ** 2 for u in updates.values()))
-
-
 def _discrepancy(
     adapters: Sequence[Adapter],
+    updates: Mapping[str, Sequence[LowRank]],
     weights: Sequence[float],
     size: float,
 ) -> float | None:
-    """The difference is exactly -sum_k w_k s (B_k - mean B)(A_k - mean A), which is formed here:
-
-    as a difference of two norms it would drown in rounding where a factor is shared.
-    """
+    """||mean(B) mean(A) - mean(B A)|| / ``size``, which is 0 wherever a factor is shared."""
     try:
         means = factor_means(adapters, weights)
     except MergeError:
         return None
-    scale = adapters[0].spec.scale
-    gap = {}
+    squared = 0.0
     for name, mean in means.items():
-        parts = [
-            LowRank(a.layers[name].B.double() * scale - mean.B, a.layers[name].A.double() - mean.A)
-            for a in adapters
-        ]
-        gap[name] = weighted_sum(parts, weights)
-    found = _norm(gap) / size if size else 0.0
-    return found if found > _ROUNDING else 0.0
+        own = [adapter.layers[name] for adapter in adapters]
+        if _shared([x.A for x in own]) or _shared([x.B for x in own]):
+            continue
+        # Of a stack of the mean and all updates, one product of factors gives all inner products.
+        signs = torch.tensor([1.0, *(-w for w in weights)], dtype=torch.float64)
+        squared += max(0.0, float(signs @ gram([mean, *updates[name]]) @ signs))
+    return math.sqrt(squared) / size if size else 0.0
 
 
-def _mean_cosine(adapters: Sequence[Adapter]) -> float | None:
-    own = [adapter.deltas() for adapter in adapters]
-    norms = [_norm(d) for d in own]
-    cosines = [
-        sum(own[i][n].inner(own[j][n]) for n in own[i]) / (norms[i] * norms[j])
-        for i in range(len(own))
-        for j in range(i)
-        if norms[i] * norms[j]
-    ]
-    return sum(cosines) / len(cosines) if cosines else None
+def _shared(factors: Sequence[Tensor]) -> bool:
+    return all(factor.equal(factors[0]) for factor in factors[1:])
+
+
+def _mean_cosine(products: Tensor) -> float | None:
+    """Over all pairs of hospitals that learned anything, from the inner products (K, K)."""
+    learned = products.diagonal() > 0
+    found = cosines(products[learned][:, learned])
+    pairs = torch.ones_like(found).triu(1) > 0
+    return float(found[pairs].mean()) if pairs.any() else None

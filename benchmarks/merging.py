@@ -1,0 +1,133 @@
+"""What merging costs: ``python -m benchmarks.merging [--quick] [--json FILE]``.
+
+Eight hospitals' adapters of rank 16 for one layer become one of rank 16, three ways: ours (QR and a
+small SVD, float64), PEFT's ``add_weighted_adapter`` with ``svd`` (dense, float32), and mergekit's
+dense mean followed by the dense SVD that a LoRA would need. Ratios of CPU time and of peak memory
+to ours, one thread, variants interleaved; the error is against dense products in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from mergekit.merge_methods import merge_tensors
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import LowRank, svd, weighted_sum
+from benchmarks.measure import interleaved
+from strategies.merging import merge
+from strategies.registry import create
+
+_HOSPITALS, _RANK = 8, 16
+_SHAPES = {"2048": (2048, 2048), "4096x11008": (4096, 11008)}
+GOALS = {
+    **{f"merge.{s}.{lib}.time": 100.0 for s in _SHAPES for lib in ("peft", "mergekit")},
+    **{f"merge.{s}.error": 1e-12 for s in _SHAPES},
+}  # a ratio at least, an error at most
+
+
+def main() -> None:
+    """Measure, print one table, and write the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the smaller layer only, once")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    results: dict[str, float] = {}
+    with Progress(console=console) as progress:
+        for name in list(_SHAPES)[: 1 if options.quick else None]:
+            results |= _layer(name, 1 if options.quick else 3, progress)
+    console.print(_table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _layer(name: str, repeats: int, progress: Progress) -> dict[str, float]:
+    m, n = _SHAPES[name]
+    g = torch.Generator().manual_seed(0)
+    factors = [
+        LowRank(torch.randn(m, _RANK, generator=g), torch.randn(_RANK, n, generator=g))
+        for _ in range(_HOSPITALS)
+    ]
+    spec = AdapterSpec(_RANK, float(_RANK), ("layer",))
+    adapters = [Adapter(spec, {"layer": factor}) for factor in factors]
+    weights = [1 / _HOSPITALS] * _HOSPITALS
+    live = _peft_model(factors)
+    strategy = create("product_mean")
+
+    def ours() -> None:
+        merge(strategy, adapters, weights)
+
+    def peft() -> None:
+        names = [str(i) for i in range(_HOSPITALS)]
+        live.add_weighted_adapter(names, weights, "merged", "svd", svd_rank=_RANK)
+        live.delete_adapter("merged")
+
+    def mergekit() -> None:
+        dense = [factor.dense() for factor in factors]
+        mean = merge_tensors(dense, "linear", parameters={"weight": weights})
+        U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
+        _ = U[:, :_RANK] * S[:_RANK], Vh[:_RANK]
+
+    found = interleaved({"ours": ours, "peft": peft, "mergekit": mergekit}, repeats, progress, name)
+    out = {}
+    for library in ("peft", "mergekit"):
+        time_ratio, memory = found[library].ratio_to(found["ours"])
+        out[f"merge.{name}.{library}.time"] = time_ratio
+        out[f"merge.{name}.{library}.memory"] = memory
+    out[f"merge.{name}.error"] = _error(weights, factors)
+    return out
+
+
+def _peft_model(factors: list[LowRank]) -> nn.Module:
+    """A live PEFT model of one layer with every hospital's adapter on it."""
+    m, n = factors[0].shape
+    model = nn.Sequential()
+    model.add_module("layer", nn.Linear(n, m, bias=False))
+    config = LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=["layer"])
+    live = get_peft_model(model, config, adapter_name="0")  # type: ignore[arg-type]
+    for i in range(1, len(factors)):
+        live.add_adapter(str(i), config)
+    layer = live.base_model.model.layer
+    with torch.no_grad():
+        for i, factor in enumerate(factors):
+            layer.lora_A[str(i)].weight.copy_(factor.A)
+            layer.lora_B[str(i)].weight.copy_(factor.B)
+    return live.base_model
+
+
+def _error(weights: list[float], factors: list[LowRank]) -> float:
+    """Relative error of our leading singular values, from the factors, in float64."""
+    ours = svd(weighted_sum(factors, weights)).S[:_RANK]
+    mean = sum(w * f.to(torch.float64).dense() for w, f in zip(weights, factors, strict=True))
+    assert isinstance(mean, Tensor)
+    short = mean if mean.shape[0] <= mean.shape[1] else mean.T
+    exact = torch.linalg.eigvalsh(short @ short.T).flip(0)[:_RANK].clamp(min=0).sqrt()
+    return float(((ours - exact).abs() / exact[0]).max())
+
+
+def _table(results: dict[str, float]) -> Table:
+    table = Table(title="What merging costs: theirs over ours", title_justify="left")
+    for column in ("figure", "measured", "goal"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for key, value in results.items():
+        goal = GOALS.get(key)
+        met = goal is None or (value <= goal if key.endswith("error") else value >= goal)
+        shown = f"{value:.2g}" if key.endswith("error") else f"{value:.0f}"
+        table.add_row(
+            key, shown if met else f"[red]{shown}[/]", "" if goal is None else f"{goal:g}"
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
