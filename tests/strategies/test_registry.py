@@ -1,0 +1,77 @@
+"""Strategies of other packages come in by an entry point, and only if they are what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint
+from typing import ClassVar
+
+import pytest
+import torch
+
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import LowRank
+from conf.load import ConfigError, load
+from conf.schema import RunSettings
+from strategies import registry
+from strategies.base import Declaration, Draw, Strategy, Update, product_means
+from strategies.merging import merge
+from strategies.registry import create, strategies
+
+
+class Half(Strategy):
+    """As in docs/merging.md."""
+
+    name: ClassVar[str] = "half"
+    declared: ClassVar = Declaration(space="gram", paper="none")
+    share: float = 0.5
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        return product_means(adapters, [self.share * w for w in weights])
+
+
+class Impostor(Half):
+    name: ClassVar[str] = "ties"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Install a package whose entry point names an object of this module."""
+
+    def install(what: str) -> None:
+        point = EntryPoint("other", f"{__name__}:{what}", registry.GROUP)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+        strategies.cache_clear()
+
+    yield install  # type: ignore[misc]
+    monkeypatch.undo()
+    strategies.cache_clear()
+
+
+def test_a_strategy_of_another_package_is_used_like_ours(installed: Callable[[str], None]) -> None:
+    installed("Half")
+    one = Adapter(AdapterSpec(2, 2.0, ("q",)), {"q": LowRank(torch.ones(3, 2), torch.ones(2, 4))})
+    found = merge(create("half", {"share": 0.25}), [one, one], [0.5, 0.5])
+    assert torch.allclose(found.adapter.deltas()["q"].dense(), torch.full((3, 4), 0.5))
+    assert found.norm_ratio == pytest.approx(0.25)
+    options = ["strategy.name=half", "strategy.share=0.3"]
+    chosen = load("simulate", options, RunSettings).strategy
+    assert create(chosen.name, chosen.parameters) == Half(share=0.3)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("Impostor", "strategy ties: there are two of this name"),
+        ("pytest", "strategy other: is no subclass of strategies.base.Strategy"),
+        ("Missing", "strategy other: cannot be loaded"),
+    ],
+)
+def test_what_is_no_strategy_is_named(
+    installed: Callable[[str], None], what: str, said: str
+) -> None:
+    installed(what)
+    with pytest.raises(ConfigError, match=said):
+        strategies()
