@@ -51,7 +51,8 @@ GOALS = {
     "step.qv.time": 1.05, "step.qv.memory": 1.05, "step.all.time": 1.05, "step.all.memory": 1.05,
     "epoch.time": 0.7, "epoch.memory": 0.5, "overhead.ledger_gate": 0.01,
 }  # fmt: skip
-_BATCH, _STEP_TOKENS, _LONGEST = 8, 128, 1024
+_NOTES, _LONGEST = 16, 1024
+_BATCH, _STEP_TOKENS = 8, 128
 _MICRO_TOKENS = 1024  # of a private step: the eight notes in one go, as without privacy
 _CLIP, _SIGMA = 1.0, 0.7
 
@@ -59,7 +60,7 @@ _CLIP, _SIGMA = 1.0, 0.7
 def main() -> None:
     """Measure, print one table, and write the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few repetitions, few notes")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here too")
     parser.add_argument("--notes", type=Path, default=NOTES, help="JSONL with a field 'text'")
     options = parser.parse_args()
@@ -70,12 +71,12 @@ def main() -> None:
     _quiet()
     torch.set_num_threads(1)
     base = load_base(ModelSettings(source="smollm2"))
-    rows = _rows(base, options.notes, 16 if options.quick else 48)
+    rows = _rows(base, options.notes, _NOTES)
     results: dict[str, float] = {}
     with Progress(console=console) as progress:
         for name in TARGETS:
-            results |= _step(base, rows, name, 2 if options.quick else 7, progress)
-        results |= _epoch(base, rows, 1 if options.quick else 3, progress)
+            results |= _step(base, rows, name, 2 if options.quick else 5, progress)
+        results |= _epoch(base, rows, 1 if options.quick else 2, progress)
         task = progress.add_task("ledger and gate", total=1)
         for kind, share in shares_of_a_round(options.notes).items():
             results[f"overhead.{kind}"] = share
