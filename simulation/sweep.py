@@ -16,7 +16,7 @@ from conf.schema import RunSettings
 from server.run_folder import RunFolder
 from simulation.comparison import print_comparison, write_comparison
 from simulation.run import comparable, new_run_folder, simulate
-from strategies.registry import require_strategy
+from strategies.registry import require_strategy, strategies
 
 _REPLACED = (  # what would bring back in part what the pooled reference goes without
     "privacy", "privacy.enabled", "privacy.clip_norm", "hospitals", "hospitals.layout",
@@ -32,10 +32,10 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
     """
     if any(override.startswith("resume=") for job in jobs for override in job):
         raise ConfigError("resume: a single run is gone on with, without --multirun")
+    for job in jobs:
+        require_strategy(load("simulate", job, RunSettings))
     jobs = [*jobs, *_pooled_reference(jobs)]
     checked = [(job, load("simulate", job, RunSettings)) for job in jobs]
-    for _, settings in checked:
-        require_strategy(settings)
     sweep = new_run_folder(checked[0][1].runs, "sweep")
     folders = []
     for number, (job, settings) in enumerate(checked, start=1):
@@ -56,6 +56,8 @@ def _pooled_reference(jobs: Sequence[list[str]]) -> list[list[str]]:
     if not wanted or any(s.hospitals.layout == "pooled" for s in settings):
         return []
     kept = [o for o in jobs[0] if o.partition("=")[0] not in _REPLACED]
+    if "one" not in strategies()[settings[0].strategy.name].declared.keeps:
+        kept = [o for o in kept if not o.startswith("strategy")] + ["strategy=product_mean"]
     return [[*kept, "hospitals=pooled", "privacy=none", "alignment=none"]]
 
 

@@ -68,6 +68,26 @@ def test_one_run_can_be_gone_on_with_not_several(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_strategies_are_checked_before_the_first_run_too(
+    without_ray: list[str], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    jobs = sweep([*options, f"runs={tmp_path / 'runs'}", "strategy=ties", "strategy.density=0.5,3"])
+    with pytest.raises(ConfigError, match=r"^strategy.density=3: "):
+        run_sweep(jobs, Console(file=io.StringIO()))
+    assert not (tmp_path / "runs").exists()
+    assert without_ray == []
+
+
+def test_the_reference_merges_its_one_site_by_a_strategy_that_can() -> None:
+    settings = reference("strategy=krum", "strategy.liars=1")
+    assert settings
+    assert settings.strategy.name == "product_mean"
+    assert settings.strategy.parameters == {}
+    kept = reference("strategy=ffa")
+    assert kept
+    assert kept.strategy.name == "ffa"
+
+
 def test_the_reference_pools_without_privacy_and_without_alignment() -> None:
     settings = reference("privacy=none,patient_eps8", "seed=5", "hospitals.population=99")
     assert settings
