@@ -17,7 +17,7 @@ from adapters.trained_part import joined
 from transport.wire import size_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
+LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
 _MOST_FACTS = 20
 
 
@@ -78,7 +78,7 @@ def accept(
         return LeftOut(site, str(problem))
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
-    if any(tensor.abs().max() > _LARGEST for tensor in tensors.values()):
+    if any(tensor.abs().max() > LARGEST for tensor in tensors.values()):
         return LeftOut(site, "factors impossibly large")
     return Accepted(site, adapter, facts, size_bytes(content))
 

@@ -84,6 +84,7 @@ def federate(
             "seconds": round(time.monotonic() - began, 3),
             "bytes_up": sum(a.bytes_up for a in accepted),
             "bytes_down": bytes_down,
+            "rank": merged.adapter.spec.rank,
             "discrepancy": merged.discrepancy,
             "kept_energy": merged.kept_energy,
             "mean_cosine": merged.mean_cosine,

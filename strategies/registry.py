@@ -20,9 +20,11 @@ from strategies.dare import Dare, Della
 from strategies.fedavg import FedAvg
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFA
+from strategies.hetlora import HetLoRA
 from strategies.karcher import Karcher
 from strategies.krum import Krum
 from strategies.lines import Lines
+from strategies.lora_fair import LoraFair
 from strategies.median import Median, TrimmedMean
 from strategies.model_stock import ModelStock
 from strategies.norm_bound import NormBound
@@ -35,7 +37,7 @@ from strategies.ties import Ties
 
 GROUP = "wardround.strategies"
 OURS: tuple[type[Strategy], ...] = (
-    ProductMean, FedAvg, FFA, RoLoRA, FedSVD,
+    ProductMean, FedAvg, FFA, RoLoRA, FedSVD, HetLoRA, LoraFair,
     TaskArithmetic, Slerp, Karcher, ModelStock, NormWeighted,
     Ties, Dare, Della, Breadcrumbs,
     CoreTies, Knots, TsvM, IsoC,

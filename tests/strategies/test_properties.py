@@ -22,6 +22,7 @@ TARGETS = ("q", "v")
 SHAPES = {"layers.0.q": (9, 7), "layers.1.v": (6, 8)}
 NAMES = [kind.name for kind in OURS]
 SHARED = {"ffa", "fedsvd", "rolora"}  # need the same A
+ONE_RANK = {"fedavg", "lora_fair"}  # average factors
 RANDOM = {"dare", "della"}  # masks follow from the content
 
 
@@ -165,7 +166,7 @@ def test_a_hospital_that_learned_nothing_is_no_mistake(name: str) -> None:
     assert found.norm_ratio == 1.0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARED | {"fedavg"}])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARED | ONE_RANK])
 def test_mixed_ranks_merge(name: str) -> None:
     adapters = hospitals(2 if name == "slerp" else 5, 3, False, ranks=(1, 4, 2))
     found = whole(name, adapters)
@@ -174,7 +175,7 @@ def test_mixed_ranks_merge(name: str) -> None:
     assert {layer.rank for layer in found.adapter.layers.values()} == {7}
 
 
-@pytest.mark.parametrize("name", ["fedavg", *sorted(SHARED)])
+@pytest.mark.parametrize("name", sorted(SHARED | ONE_RANK))
 def test_factors_of_different_rank_have_no_mean(name: str) -> None:
     with pytest.raises(MergeError, match="rank"):
         whole(name, hospitals(3, 3, False, ranks=(1, 2)))
