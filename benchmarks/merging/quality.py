@@ -36,11 +36,17 @@ EPSILONS: tuple[Epsilon, ...] = (None, 8.0, 3.0, 1.0)
 SEEDS = (0, 1, 2)
 
 # What the arms share, beyond the defaults of `wardround simulate`.
+_NOTES_FOR_RULES = 12  # of each department
 _COMMON = (
     "alignment=none",
     "model.precision=bfloat16",  # half the time of float32 on these cores
     "privacy=patient_eps8",
     "privacy.unit=note",
+    "privacy.sampling_rate=0.25",
+    "privacy.denominator=43",  # about a quarter of a department's notes
+    "privacy.clip_norm=0.25",
+    "optimizer=sgd",
+    "optimizer.learning_rate=10",
 )
 ARMS: dict[str, tuple[str, ...]] = {
     "fedsvd": ("strategy=fedsvd",),
@@ -49,6 +55,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "core": ("strategy=ffa", "adapter.train=core", "adapter.rank=32", "adapter.alpha=64"),
     "fedavg": ("strategy=fedavg", "adapter.train=both"),
     "product_mean": ("strategy=product_mean", "adapter.train=both"),
+    "lora_fair": ("strategy=lora_fair", "adapter.train=both"),
 }
 POOLED, ALONE = "pooled", "alone"
 
@@ -107,9 +114,14 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
         for seed in seeds:
             for epsilon in EPSILONS:
                 yield Cell(count, "fedsvd", epsilon, seed, scale)
-            yield Cell(count, POOLED, None, seed, scale)
-        for arm in (*ARMS, ALONE, POOLED):
-            for seed in seeds:
+            if seed == seeds[0]:
+                yield Cell(count, POOLED, None, seed, scale)
+                for arm in ("product_mean", "fedavg"):
+                    for epsilon in (None, EPSILONS[-1]):
+                        yield Cell(count, arm, epsilon, seed, scale)
+    for count in hospitals:
+        for seed in seeds:
+            for arm in (*ARMS, POOLED, ALONE):
                 for epsilon in EPSILONS:
                     yield Cell(count, arm, epsilon, seed, scale)
 
@@ -189,7 +201,10 @@ def _measured(cell: Cell) -> Result:
         ended = federation.run(made, sites)
         found = bits(ended.merged)
         if cell.arm == "fedsvd" and cell.seed == 0:
-            rules = {name: bits(one) for name, one in _by_other_rules(list(ended.sent.values()))}
+            rules = {
+                name: {s.name: federation.bits(one, s.held_out[:_NOTES_FOR_RULES]) for s in sites}
+                for name, one in _by_other_rules(list(ended.sent.values()))
+            }
     chars = {site.name: [note.chars for note in site.held_out] for site in sites}
     return Result(cell, base, found, chars, rules)
 

@@ -77,7 +77,7 @@ def _of(results: Sequence[Result], arm: str, epsilon: Epsilon) -> Measured:
 
 def _row(arm: str, epsilon: Epsilon, measured: Measured, reference: Measured) -> Row:
     random = np.random.default_rng(0)
-    sizes = {name: len(chars) for name, chars in reference[0][0].chars.items()}
+    sizes = {name: len(bits) for name, bits in measured[0][1].items()}
     everything = {name: np.arange(n) for name, n in sizes.items()}
     gains = [_gain(measured, everything)]
     shares = [gains[0] / _gain(reference, everything)]
