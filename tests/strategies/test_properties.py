@@ -127,9 +127,7 @@ def test_scaling_every_hospital_scales_the_result(name: str, factor: float) -> N
     scaled = [
         replace(
             a,
-            layers={
-                n: LowRank((x.B.double() * factor).float(), x.A) for n, x in a.layers.items()
-            },
+            layers={n: LowRank((x.B.double() * factor).float(), x.A) for n, x in a.layers.items()},
         )
         for a in adapters
     ]

@@ -79,9 +79,7 @@ def test_regmean_fits_the_pooled_data_better_than_the_mean() -> None:
     _, seen = data()
 
     def loss(merged: dict) -> float:
-        return sum(
-            float((x @ merged[n].T - y).square().sum()) for n in SHAPES for x, y in seen[n]
-        )
+        return sum(float((x @ merged[n].T - y).square().sum()) for n in SHAPES for x, y in seen[n])
 
     own = hospitals()
     losses = [loss(combined("regmean", own, WEIGHTS, ridge=ridge)) for ridge in (0, 1, 1000)]
@@ -191,10 +189,10 @@ def test_a_high_floor_and_nothing_measured_give_the_mean() -> None:
 @pytest.mark.parametrize("name", ["regmean", "fisher"])
 def test_an_adapter_without_statistics_cannot_be_merged(name: str) -> None:
     plain = [Adapter(a.spec, a.layers) for a in hospitals()]
-    with pytest.raises(MergeError, match="without statistics of layers.0.q"):
+    with pytest.raises(MergeError, match=r"without statistics of layers\.0\.q"):
         merge(create(name), plain, WEIGHTS)
     other = [MeasuredAdapter(a.spec, a.layers, {"layers.1.v": torch.eye(3)}) for a in plain]
-    with pytest.raises(MergeError, match="without statistics of layers.0.q"):
+    with pytest.raises(MergeError, match=r"without statistics of layers\.0\.q"):
         merge(create(name), other, WEIGHTS)
 
 

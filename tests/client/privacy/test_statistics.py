@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,21 +58,28 @@ def flat(sums: dict[str, Tensor]) -> Tensor:
     return torch.cat([sums[name].flatten() for name in sorted(sums)])
 
 
+def inputs_of_A(model: PeftModel, row: list[int]) -> dict[str, Tensor]:
+    """x (tokens, n) of every adapted layer for one note."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, x: seen.update({name: x[0][0]})
+
+    hooks = [A.register_forward_pre_hook(keep(n)) for n, A in lora.projections(model).items()]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([row]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def loop_grams(model: PeftModel, units: Rows) -> dict[str, Tensor]:
     """One note at a time, no padding; x is caught before A, and z z^T summed token by token."""
     total: dict[str, Tensor] = {}
     for unit in units:
         own: dict[str, Tensor] = {}
         for row in unit:
-            seen: dict[str, Tensor] = {}
-            hooks = [
-                A.register_forward_pre_hook(lambda _, x, n=name: seen.update({n: x[0][0]}))
-                for name, A in lora.projections(model).items()
-            ]
-            with torch.no_grad():
-                model(input_ids=torch.tensor([row]))
-            for hook in hooks:
-                hook.remove()
+            seen = inputs_of_A(model, row)
             for name, A in lora.projections(model).items():
                 for x in seen[name]:
                     z = A.weight.detach().double() @ x.double()
