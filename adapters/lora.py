@@ -21,6 +21,7 @@ from adapters.trained_part import TrainedPart, frame, orthonormal_rows
 from conf.schema import TrainedFactors
 
 _NAME = "default"
+_PREFIX = "base_model.model."  # of the base model's modules in PEFT's
 # Numbers of experts in configurations of mixtures: routing may depend on the whole batch.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -161,6 +162,17 @@ def write(peft_model: PeftModel, adapter: Adapter) -> None:
                 cast(nn.Linear, B).weight.copy_(given.B)
 
 
+def projections(peft_model: PeftModel) -> dict[str, nn.Linear]:
+    """The matrix A of every adapted layer: its output is what B multiplies."""
+    return {name: _linear_A(layer) for name, layer in _lora_layers(peft_model).items()}
+
+
+def travel_name(parameter: str) -> str:
+    """The name under which a trained parameter of the live model travels."""
+    name = parameter.removeprefix(_PREFIX).replace(f".{_NAME}.", ".")
+    return name.replace(".lora_B.core.", ".lora_core.")
+
+
 def detach(peft_model: PeftModel) -> PreTrainedModel:
     """Remove the LoRA modules again; the base weights are as before."""
     model = peft_model.unload()
@@ -233,9 +245,8 @@ def _factor_B(layer: LoraLayer) -> Tensor:
 
 def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
     """Adapted linear layers by their module path in the base model."""
-    prefix = "base_model.model."
     return {
-        name.removeprefix(prefix): module
+        name.removeprefix(_PREFIX): module
         for name, module in peft_model.named_modules()
         if isinstance(module, LoraLayer) and _is_linear(module)
     }

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from adapters.adapter import AdapterSpec
+from adapters.statistics import Statistic
 from adapters.trained_part import TrainedPart, part_of_round
 from conf.schema import (
     AdapterSettings,
@@ -36,6 +37,7 @@ class TrainingPlan(Settings):
     privacy: PrivacySettings
     optimizer: OptimizerSettings
     upload: TrainedPart
+    statistics: Statistic | None = None  # that the merge needs beside the adapter
 
     @model_validator(mode="after")
     def _round_is_planned(self) -> TrainingPlan:
@@ -49,15 +51,26 @@ class TrainingPlan(Settings):
             raise ValueError("upload must be what adapter.train says of this round")
         return self
 
+    @model_validator(mode="after")
+    def _statistics_are_noised(self) -> TrainingPlan:
+        if self.statistics and not self.privacy.enabled:
+            raise ValueError("statistics leave noised only, and privacy is off")
+        return self
+
     @property
     def spec(self) -> AdapterSpec:
         """Shape of the adapter that travels."""
         return AdapterSpec.of(self.adapter)
 
     @property
+    def charged_steps(self) -> int:
+        """Steps that this round is charged: its own, and one more for statistics."""
+        return self.local_steps + (self.statistics is not None)
+
+    @property
     def steps_left(self) -> int:
-        """Steps of this round and of all that follow."""
-        return (self.rounds - self.round + 1) * self.local_steps
+        """Steps that this round and all that follow are charged."""
+        return (self.rounds - self.round + 1) * self.charged_steps
 
     def learning_rate(self, step: int) -> float:
         """Rate of local step 0, 1, ...: linear decay over all steps of all rounds."""
@@ -68,8 +81,14 @@ class TrainingPlan(Settings):
         return self.optimizer.learning_rate * fraction
 
 
-def plan_round(settings: TrainingSettings, run: str, number: int, base_model: str) -> TrainingPlan:
-    """The plan of round ``number`` (from 1) under the given settings."""
+def plan_round(
+    settings: TrainingSettings,
+    run: str,
+    number: int,
+    base_model: str,
+    statistics: Statistic | None = None,
+) -> TrainingPlan:
+    """The plan of round ``number`` (from 1); ``statistics`` are those that the strategy needs."""
     return TrainingPlan(
         run=run,
         round=number,
@@ -82,4 +101,5 @@ def plan_round(settings: TrainingSettings, run: str, number: int, base_model: st
         privacy=settings.privacy,
         optimizer=settings.optimizer,
         upload=part_of_round(settings.adapter.train, number),
+        statistics=statistics,
     )

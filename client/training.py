@@ -1,7 +1,7 @@
 """One round at a hospital, in the order that keeps its promises.
 
     policy -> answered before? -> model -> notes -> noise for the whole plan -> ledger (on disk)
-    -> sample, clip, noise, step -> gate -> ledger closed, with the reply
+    -> sample, clip, noise, step -> statistics if asked for -> gate -> ledger closed, with the reply
 
 Nothing touches a note's gradient before the charge is on disk, and nothing leaves but through the
 gate. A task that was answered before gets the stored reply again.
@@ -24,6 +24,7 @@ from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import BaseModel, ModelError, load_base
 from adapters.plan import TrainingPlan
+from adapters.statistics import Statistic, Statistics
 from client.notes.load import NotesError, load_notes
 from client.notes.note import Note
 from client.notes.split import split_units
@@ -44,6 +45,7 @@ from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
+from client.privacy.statistics import released_statistics, statistic_sums
 from client.refusal import Reason, Refusal, failure_site
 from conf.policy import SitePolicy
 from conf.schema import ComputeSettings, ModelSettings, OptimizerSettings
@@ -136,7 +138,9 @@ def _train(
             "delta": Released(ledger.delta, Source.LEDGER),
         }
         trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
-        reply = Gate(plan, policy, received, charge).release(trained, facts).to_bytes()
+        measured = _statistics(model, plan, units, tokens, policy.compute, charge, random)
+        gate = Gate(plan, policy, received, charge)
+        reply = gate.release(trained, facts, measured).to_bytes()
     except Refusal as refusal:
         ledger.burn(reservation, refusal.reason.name)
         raise
@@ -220,6 +224,38 @@ def _steps(
     return shared | numbers.loss(noise.loss)
 
 
+def _statistics(
+    model: PeftModel,
+    plan: TrainingPlan,
+    units: SiteUnits,
+    tokens: _Tokens,
+    compute: ComputeSettings,
+    charge: Charge,
+    random: SecureRandomness,
+) -> Released[Statistics] | None:
+    """What the merge needs beside the adapter, measured under the trained adapter; None: nothing.
+
+    Sample, noise and divisor are those of one more step, as which it is charged.
+    """
+    kind, privacy = plan.statistics, plan.privacy
+    if kind is None:
+        return None
+    batch = poisson_sample(units.train, privacy.sampling_rate, privacy.max_notes_per_unit, random)
+    rows = [[tokens(note) for note in notes] for notes in batch]
+    sums = statistic_sums(
+        model, kind, rows, privacy.clip_norm, compute.engine, compute.micro_tokens
+    )
+    noised = released_statistics(
+        kind,
+        sums,
+        charge.noise_multiplier,
+        privacy.clip_norm,
+        privacy.denominator,
+        random.normal,
+    )
+    return Released(noised, charge.mechanism("statistics"))
+
+
 def _reserve(
     ledger: Ledger,
     plan: TrainingPlan,
@@ -247,7 +283,7 @@ def _reserve(
         )
         sigma = max(sigma, policy.privacy.min_noise_multiplier)
         reservation = ledger.reserve(
-            (GaussianSteps(privacy.sampling_rate, sigma, plan.local_steps), *beside),
+            (GaussianSteps(privacy.sampling_rate, sigma, plan.charged_steps), *beside),
             task=_task(plan, received),
             run=plan.run,
             round=plan.round,
@@ -298,15 +334,19 @@ class _Workbench:
     base: BaseModel
     fingerprint: str
     model: PeftModel
-    rehearsed: set[tuple[str, int]]
+    rehearsed: set[tuple[str, int, Statistic | None]]
 
     def rehearse(self, plan: TrainingPlan, compute: ComputeSettings) -> None:
         """Find out once whether there is memory for such a plan. Raises Refusal."""
-        what = plan.upload, plan.privacy.max_tokens
+        longest, kind = plan.privacy.max_tokens, plan.statistics
+        what = plan.upload, longest, kind
         if what in self.rehearsed:
             return
+        how = compute.engine, compute.micro_tokens
         try:
-            rehearse(self.model, plan.privacy.max_tokens, compute.engine, compute.micro_tokens)
+            rehearse(self.model, longest, *how)
+            if kind:
+                statistic_sums(self.model, kind, [[[0] * longest], [[0]]], 1.0, *how)
         except (MemoryError, RuntimeError):  # which PyTorch raises too
             raise Refusal(Reason.LIMIT_EXCEEDED, "the plan cannot be computed here") from None
         self.rehearsed.add(what)

@@ -79,6 +79,7 @@ class ShareLimits(Settings):
     counts: Share = "never"  # of patients and notes trained on
     losses: Share = "never"  # of training
     scores: Share = "never"  # loss of the received adapter on held-out patients
+    statistics: Literal["never", "noised"] = "never"  # for merges that weigh by them; never exact
     noise: Annotated[float, Field(ge=1, le=1000)] = 10.0  # standard deviation / sensitivity
     loss_bound: Positive = 8.0  # nats; a patient's larger loss counts as this
 

@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
+from adapters.statistics import MeasuredAdapter, require_statistics
 from adapters.trained_part import joined
 from transport.wire import size_bytes
 
@@ -23,7 +24,7 @@ _MOST_FACTS = 20
 
 @dataclass(frozen=True)
 class Accepted:
-    """A hospital's adapter for this round, and the facts it published."""
+    """A hospital's adapter for this round, with statistics if asked for, and published facts."""
 
     site: str
     adapter: Adapter
@@ -62,6 +63,8 @@ def accept(
         facts = json.loads(str(content.config_records["facts"]["json"]))
         site = facts["site"]
         tensors = content.array_records["adapter"].to_torch_state_dict()
+        measured = content.array_records.get("statistics")
+        statistics = measured.to_torch_state_dict() if measured is not None else {}
     except Exception:  # rubbish fails in many ways (memory, recursion); each costs only its sender
         return LeftOut(node, "malformed reply")
     if not _plain(facts):
@@ -74,12 +77,15 @@ def accept(
         return LeftOut(site, "factors not float32")
     try:
         adapter = joined(sent, tensors, plan.upload, plan.seed)
+        require_statistics(statistics, plan.statistics, sent, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
     if any(tensor.abs().max() > LARGEST for tensor in tensors.values()):
         return LeftOut(site, "factors impossibly large")
+    if statistics:
+        adapter = MeasuredAdapter(adapter.spec, adapter.layers, statistics)
     return Accepted(site, adapter, facts, size_bytes(content))
 
 

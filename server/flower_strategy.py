@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
+from conf.load import ConfigError
 from server.acceptance import LARGEST
 from strategies.base import Draw, Strategy
 from strategies.merging import Merge, merge
@@ -67,9 +68,10 @@ class MergeStrategy(FedAvg):
     sampling
         All other parameters of Flower's ``FedAvg``.
 
-    Raises ConfigError for an unknown strategy or parameter. A round raises MergeError when the
-    strategy does not fit the replies (``ffa`` where A was trained, say), as no round after it would
-    do better; with no usable reply at all, the arrays stay as they were.
+    Raises ConfigError for an unknown strategy or parameter, or one that needs statistics, which
+    these messages do not carry. A round raises MergeError when the strategy does not fit the
+    replies (``ffa`` where A was trained, say), as no round after it would do better; with no usable
+    reply at all, the arrays stay as they were.
     """
 
     def __init__(
@@ -84,6 +86,11 @@ class MergeStrategy(FedAvg):
     ) -> None:
         super().__init__(weighted_by_key=weighted_by_key or _EQUAL, **sampling)
         made = create(strategy, parameters) if isinstance(strategy, str) else strategy
+        if made.statistics:
+            raise ConfigError(
+                f"strategy={made.name}: needs {made.statistics} statistics, which plain Flower "
+                "messages do not carry; use `wardround server`, or another strategy"
+            )
         self.strategy: Strategy = made
         self.alpha = alpha
         self.run = run

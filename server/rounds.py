@@ -51,7 +51,7 @@ def federate(
     strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
     for number in range(len(folder.finished_rounds()) + 1, settings.federation.rounds + 1):
         began = time.monotonic()
-        plan = plan_round(settings, folder.name, number, base_model)
+        plan = plan_round(settings, folder.name, number, base_model, strategy.statistics)
         sent = folder.global_adapter()
         deadline = began + settings.federation.timeout_s
         nodes = _wait_for_nodes(grid, settings, deadline, stop, report)

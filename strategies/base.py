@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, weighted_sum
+from adapters.statistics import MeasuredAdapter, Statistic, Statistics
 from conf.schema import Settings, TrainedFactors
 
 Update = LowRank | Tensor  # a layer's merged dW: as factors, or dense (m, n) where it has full rank
@@ -40,6 +41,7 @@ class Declaration:
     "one" (one hospital merges to itself), "equal" (equal hospitals merge to themselves), "scale"
     (scaling all by c scales the result by c), "gauge" (only products matter).
     ``trains``: settings of ``adapter.train`` under which what was frozen stays what it was.
+    ``statistics``: what it needs from hospitals beside adapters; it costs them privacy budget.
     ``paper``: where it comes from.
     """
 
@@ -49,6 +51,7 @@ class Declaration:
     sums: bool = False
     keeps: frozenset[str] = frozenset({"one", "equal", "scale", "gauge"})
     trains: tuple[TrainedFactors, ...] = EVERY_PART
+    statistics: Statistic | None = None
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,34 @@ class Strategy(Settings):
     name: ClassVar[str]
     declared: ClassVar[Declaration]
 
+    @property
+    def statistics(self) -> Statistic | None:
+        """What hospitals must measure for it."""
+        return self.declared.statistics
+
     @abstractmethod
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """Merged scaled updates by layer, float64, of any rank.
 
-        ``adapters`` have the same layers of the same shapes (ranks may differ) and are finite;
+        ``adapters`` have the same layers of the same shapes (ranks may differ) and are finite; for
+        a strategy that declares ``statistics`` they are ``MeasuredAdapter``s;
         ``weights`` are positive, public and sum to one. Raises MergeError when the adapters do not
         fit the strategy.
         """
+
+
+def statistics_of(adapters: Sequence[Adapter], names: Iterable[str]) -> list[Statistics]:
+    """Each adapter's statistics of these names, float64. Raises MergeError where one is missing."""
+    found: list[Statistics] = []
+    for adapter in adapters:
+        own = adapter.statistics if isinstance(adapter, MeasuredAdapter) else {}
+        try:
+            found.append({name: own[name].double() for name in names})
+        except KeyError as missing:
+            raise MergeError(f"an adapter without statistics of {missing.args[0]}") from None
+    return found
 
 
 def deltas(adapters: Sequence[Adapter]) -> dict[str, list[LowRank]]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from adapters.adapter import Adapter
+from adapters.statistics import Statistic
 from strategies.base import Declaration, Draw, Strategy, Update
 
 _DEPTH = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -31,6 +32,13 @@ class Lines(Strategy):
     parameters: dict[str, Any] = Field(default_factory=dict)  # of that strategy
     first: Annotated[float, Field(ge=0, le=10)] = 0.5
     last: Annotated[float, Field(ge=0, le=10)] = 1.0
+
+    @property
+    def statistics(self) -> Statistic | None:
+        """What the wrapped strategy needs."""
+        from strategies.registry import create  # which knows this class too
+
+        return create(self.of, self.parameters).statistics
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw

@@ -20,6 +20,7 @@ from strategies.dare import Dare, Della
 from strategies.fedavg import FedAvg
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFA
+from strategies.fisher import Fisher
 from strategies.hetlora import HetLoRA
 from strategies.karcher import Karcher
 from strategies.krum import Krum
@@ -30,6 +31,7 @@ from strategies.model_stock import ModelStock
 from strategies.norm_bound import NormBound
 from strategies.norm_weighted import NormWeighted
 from strategies.product_mean import ProductMean
+from strategies.regmean import RegMean
 from strategies.rolora import RoLoRA
 from strategies.slerp import Slerp
 from strategies.task_arithmetic import TaskArithmetic
@@ -42,6 +44,7 @@ OURS: tuple[type[Strategy], ...] = (
     Ties, Dare, Della, Breadcrumbs,
     CoreTies, Knots, TsvM, IsoC,
     Median, TrimmedMean, Krum, NormBound,
+    Fisher, RegMean,
     Lines,
 )  # fmt: skip
 
@@ -64,8 +67,18 @@ def strategies() -> dict[str, type[Strategy]]:
 
 
 def require_strategy(settings: TrainingSettings) -> None:
-    """Return when the settings' strategy can be made and fits what is trained. ConfigError."""
-    create(settings.strategy.name, settings.strategy.parameters, settings.adapter.train)
+    """Return when the settings' strategy can be made, fits what is trained, and can be paid for.
+
+    Raises ConfigError.
+    """
+    chosen = settings.strategy
+    strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
+    if strategy.statistics and not settings.privacy.enabled:
+        raise ConfigError(
+            f"strategy={chosen.name}: needs {strategy.statistics} statistics, which hospitals "
+            "release only noised and charged to a privacy budget; take privacy=patient_eps8, or "
+            "another strategy"
+        )
 
 
 def create(

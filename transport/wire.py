@@ -1,8 +1,8 @@
 """Messages between coordinator and hospital, as Flower records.
 
 Down: the global adapter ("adapter") and the plan as JSON ("plan"). Up: the uploaded factors
-("adapter") and the facts the gate released ("facts"), or a refusal ("refusal"). Tensors travel as
-float32.
+("adapter"), the facts the gate released ("facts") and statistics where the plan asks for them
+("statistics"), or a refusal ("refusal"). Tensors travel as float32.
 """
 
 from __future__ import annotations
@@ -49,14 +49,21 @@ def unpack_task(content: RecordDict) -> tuple[TrainingPlan, Adapter]:
     return plan, adapter
 
 
-def pack_result(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> RecordDict:
+def pack_result(
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    statistics: Mapping[str, Tensor] | None = None,
+) -> RecordDict:
     """Records of a round's result, hospital to coordinator."""
-    return RecordDict(
+    records = RecordDict(
         {
             "adapter": ArrayRecord(dict(tensors)),
             "facts": ConfigRecord({"json": json.dumps(dict(facts))}),
         }
     )
+    if statistics:
+        records["statistics"] = ArrayRecord(dict(statistics))
+    return records
 
 
 def pack_refusal(site: str, code: str, reason: str) -> RecordDict:

@@ -213,7 +213,8 @@ def _by_other_rules(sent: list[Adapter]) -> Iterator[tuple[str, Adapter]]:
     """The last round merged by every strategy that takes what it sent, with its defaults."""
     weights = [1 / len(sent)] * len(sent)
     for name, kind in sorted(strategies().items()):
-        if name != "slerp" and "B" in kind.declared.trains:
+        takes = "B" in kind.declared.trains and kind.declared.statistics is None
+        if name != "slerp" and takes:
             yield name, merge(create(name), sent, weights, Draw("benchmark", 0)).adapter
 
 

@@ -129,7 +129,12 @@ def test_products_are_averaged_equally_or_by_a_metric(
 
 
 @pytest.mark.parametrize(
-    "name", [k.name for k in OURS if k.name not in ("ffa", "fedsvd", "rolora")]
+    "name",
+    [
+        kind.name
+        for kind in OURS
+        if kind.name not in ("ffa", "fedsvd", "rolora") and not kind.declared.statistics
+    ],
 )
 def test_every_strategy_of_ours_runs_as_one_of_flowers(name: str, local_grid: Grids) -> None:
     own = hospitals()
@@ -287,6 +292,8 @@ def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
         MergeStrategy("best")
     with pytest.raises(ConfigError, match=r"strategy\.density=2"):
         MergeStrategy("ties", {"density": 2})
+    with pytest.raises(ConfigError, match="strategy=lines: needs gram statistics"):
+        MergeStrategy("lines", {"of": "regmean"})
     for arrays in ({"conv.weight": torch.ones(2, 2)}, factors(0) | {"head.weight": torch.ones(2)}):
         with pytest.raises(ValueError, match=r"LoRA factor|no factor"):
             only_train().start(local_grid(hospitals()), ArrayRecord(arrays), num_rounds=1)

@@ -55,6 +55,7 @@ def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) ->
         ({"adapter": {"targets": ["q_proj"]}}, {"adapter": {"targets": ["q_proj"]}}),
         ({"adapter": {"train": "both"}, "upload": "both"}, {"adapter": {"train": ["both"]}}),
         ({"strategy": "fedsvd"}, {"adapter": {"strategies": ["ffa", "fedsvd"]}}),
+        ({"statistics": "gram"}, {"share": {"statistics": "noised"}}),
         ({"run": "cardiology-7"}, {"coordinator": {"runs": "cardiology-*"}}),
         ({}, {"quiet_hours": ["Sat-Thu 00:00-24:00"]}),
         ({}, {"quiet_hours": ["11:00-12:00", "12:01-13:00"]}),
@@ -96,8 +97,10 @@ def test_a_plan_at_the_limit_passes(
         (
             {"strategy": "fedavg"},
             {"adapter": {"strategies": ["ffa", "fedsvd"]}},
-            Reason.LIMIT_EXCEEDED,
+            Reason.STRATEGY_NOT_ALLOWED,
         ),
+        ({"statistics": "gram"}, {}, Reason.STATISTICS_NOT_SHARED),
+        ({"statistics": "fisher"}, {"share": {"scores": "noised"}}, Reason.STATISTICS_NOT_SHARED),
         (
             {"run": "Cardiology-7"},
             {"coordinator": {"runs": "cardiology-*"}},
