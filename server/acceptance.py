@@ -13,7 +13,6 @@ from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from adapters.trained_part import joined
 from transport.wire import size_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -73,7 +72,7 @@ def accept(
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         return LeftOut(site, "factors not float32")
     try:
-        adapter = joined(sent, tensors, plan.upload, plan.seed)
+        adapter = plan.joined(sent, tensors)
     except ValueError as problem:
         return LeftOut(site, str(problem))
     if not adapter.is_finite():
