@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -41,7 +41,11 @@ def attach(
     """
     _require_independent_rows(model)
     try:
-        peft_model = get_peft_model(model, spec.peft_config())
+        config = spec.peft_config(depth=depth(model))
+    except ValueError as problem:
+        raise UnsupportedAdapter(str(problem)) from None
+    try:
+        peft_model = get_peft_model(model, config)
     except ValueError:
         raise UnsupportedAdapter(
             f"no module of {type(model).__name__} matches targets={list(spec.targets)}"
@@ -58,24 +62,38 @@ def attach(
     return peft_model
 
 
-def train_only(peft_model: PeftModel, part: TrainedPart, seed: int = 0) -> None:
+def depth(model: PreTrainedModel) -> int:
+    """How many blocks the model has."""
+    return int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0)
+
+
+def train_only(
+    peft_model: PeftModel,
+    part: TrainedPart,
+    seed: int = 0,
+    layers: Collection[str] | None = None,
+) -> None:
     """Freeze all but one part of the attached adapter, whose product stays as it is.
 
+    ``layers`` are those that are trained, None all; the others are frozen as a whole.
     For "core", B is written as its frame (drawn from ``seed``) times a core, and what of B lies
     outside the frame is lost. Raises UnsupportedAdapter where a layer has no frame of that rank.
     """
     for name, layer in _lora_layers(peft_model).items():
         B = _factor_B(layer)
-        if part == "core":
+        trained = layers is None or name in layers
+        framed = part == "core" and trained
+        if framed:
             if B.shape[1] > B.shape[0]:
                 raise UnsupportedAdapter(f"rank {B.shape[1]} exceeds the width of {name}")
             layer.lora_B[_NAME] = _FramedB(B, frame(name, B.shape[0], B.shape[1], seed))
         elif isinstance(layer.lora_B[_NAME], _FramedB):
             layer.lora_B[_NAME] = nn.Linear(B.shape[1], B.shape[0], bias=False)
             cast(nn.Linear, layer.lora_B[_NAME]).weight = nn.Parameter(B)
-        _linear_A(layer).weight.requires_grad_(part in ("A", "both"))
-        if part != "core":
-            cast(nn.Linear, layer.lora_B[_NAME]).weight.requires_grad_(part in ("B", "both"))
+        _linear_A(layer).weight.requires_grad_(trained and part in ("A", "both"))
+        if not framed:
+            linear = cast(nn.Linear, layer.lora_B[_NAME])
+            linear.weight.requires_grad_(trained and part in ("B", "both"))
 
 
 class _FramedB(nn.Sequential):

@@ -6,13 +6,16 @@ site policy decides, and the hospital itself computes the noise that the plan's 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from adapters.adapter import AdapterSpec
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.chosen_layers import half_of
 from adapters.statistics import Statistic
-from adapters.trained_part import TrainedPart, part_of_round
+from adapters.trained_part import TrainedPart, joined, part_of_round, to_travel
 from conf.schema import (
     AdapterSettings,
     OptimizerSettings,
@@ -29,7 +32,7 @@ class TrainingPlan(Settings):
     round: Annotated[int, Field(ge=1)]
     rounds: Annotated[int, Field(ge=1, le=1000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
-    # Of the frames of a core, and of the sampling where privacy is off; never of noise.
+    # Of frames of a core, of halves, and of the sampling where privacy is off; never of noise.
     seed: Annotated[int, Field(ge=0)]
     strategy: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
     base_model: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # fingerprint
@@ -55,6 +58,8 @@ class TrainingPlan(Settings):
     def _statistics_are_noised(self) -> TrainingPlan:
         if self.statistics and not self.privacy.enabled:
             raise ValueError("statistics leave noised only, and privacy is off")
+        if self.statistics and self.adapter.freeze_half:
+            raise ValueError("statistics are of all layers, and adapter.freeze_half trains half")
         return self
 
     @property
@@ -71,6 +76,25 @@ class TrainingPlan(Settings):
     def steps_left(self) -> int:
         """Steps that this round and all that follow are charged."""
         return (self.rounds - self.round + 1) * self.charged_steps
+
+    def trained_layers(self, layers: Iterable[str]) -> frozenset[str]:
+        """Of the adapted layers those that this round trains; the others stay as received."""
+        if not self.adapter.freeze_half:
+            return frozenset(layers)
+        return half_of(layers, self.seed, self.round)
+
+    def to_travel(self, trained: Adapter) -> dict[str, Tensor]:
+        """The tensors of a trained adapter that go back to the coordinator, by name."""
+        part = trained.only(self.trained_layers(trained.layers))
+        return to_travel(part, self.upload, self.seed)
+
+    def joined(self, sent: Adapter, travelled: Mapping[str, Tensor]) -> Adapter:
+        """``sent`` with what came back in its place; inverse of ``to_travel``.
+
+        Raises ValueError on unknown, missing or misshapen entries.
+        """
+        part = sent.only(self.trained_layers(sent.layers))
+        return sent.updated(joined(part, travelled, self.upload, self.seed))
 
     def learning_rate(self, step: int) -> float:
         """Rate of local step 0, 1, ...: linear decay over all steps of all rounds."""

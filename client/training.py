@@ -29,7 +29,12 @@ from client.notes.load import NotesError, load_notes
 from client.notes.note import Note
 from client.notes.split import split_units
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
-from client.privacy.authorise import authorise, require_model, require_unit
+from client.privacy.authorise import (
+    authorise,
+    require_layers,
+    require_model,
+    require_unit,
+)
 from client.privacy.engine import clipped_sum, noised_mean, rehearse
 from client.privacy.gate import Gate, Outgoing
 from client.privacy.ledger import Ledger, LedgerError, Reservation
@@ -100,8 +105,10 @@ def _train(
     model = bench.model
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     require_model(plan, bench.fingerprint, longest)
+    require_layers(plan, policy, lora.depth(bench.base.model))
     try:
-        lora.train_only(model, plan.upload, plan.seed)
+        trained_layers = plan.trained_layers(received.layers)
+        lora.train_only(model, plan.upload, plan.seed, trained_layers)
     except lora.UnsupportedAdapter as problem:
         raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
     units = site_units(policy, plan.privacy.unit)
@@ -334,12 +341,13 @@ class _Workbench:
     base: BaseModel
     fingerprint: str
     model: PeftModel
-    rehearsed: set[tuple[str, int, Statistic | None]]
+    rehearsed: set[tuple[str, int, int, Statistic | None]]
 
     def rehearse(self, plan: TrainingPlan, compute: ComputeSettings) -> None:
         """Find out once whether there is memory for such a plan. Raises Refusal."""
         longest, kind = plan.privacy.max_tokens, plan.statistics
-        what = plan.upload, longest, kind
+        size = sum(p.numel() for p in trained_parameters(self.model).values())
+        what = plan.upload, longest, size, kind
         if what in self.rehearsed:
             return
         how = compute.engine, compute.micro_tokens

@@ -56,6 +56,7 @@ class AdapterLimits(Settings):
     """Which adapters the hospital will train."""
 
     max_rank: Annotated[int, Field(ge=1)] = 64
+    max_layers: Annotated[int, Field(ge=1)] | None = None  # blocks with an adapter; None: all
     targets: Targets = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",  # Llama-like
         "c_attn", "c_proj", "c_fc",  # GPT-2-like

@@ -14,7 +14,6 @@ from flwr.app import Message, RecordDict
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
 from adapters.statistics import MeasuredAdapter, require_statistics
-from adapters.trained_part import joined
 from transport.wire import size_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -76,7 +75,7 @@ def accept(
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         return LeftOut(site, "factors not float32")
     try:
-        adapter = joined(sent, tensors, plan.upload, plan.seed)
+        adapter = plan.joined(sent, tensors)
         require_statistics(statistics, plan.statistics, sent, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))

@@ -88,6 +88,7 @@ class ReleaseFacts:
     evaluation: tuple[Score, ...] = ()
     simulated: bool = False  # every hospital and patient is simulated
     pooled: bool = False  # the notes were brought together: a reference, not a federation
+    layers: tuple[int, ...] = ()  # of the base model; () stands for all
     versions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:

@@ -72,13 +72,14 @@ def federate(
         try:
             weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
             draw = Draw(folder.name, number)
-            merged = merge(strategy, [a.adapter for a in accepted], weights, draw)
+            moved = plan.trained_layers(sent.layers)
+            merged = merge(strategy, [a.adapter.only(moved) for a in accepted], weights, draw)
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
         folder.begin_round(number)
         for one in accepted:
             one.adapter.save(folder.adapter_folder(number, one.site))
-        merged.adapter.save(folder.adapter_folder(number))
+        sent.updated(merged.adapter).save(folder.adapter_folder(number))
         record: dict[str, Any] = {
             "round": number,
             "seconds": round(time.monotonic() - began, 3),

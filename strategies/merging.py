@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from adapters.adapter import Adapter, AdapterSpec
+from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, gram, svd
 from strategies.base import (
     Draw,
@@ -55,7 +55,7 @@ def merge(
     """
     _check(adapters, weights)
     first = adapters[0].spec
-    spec = first if rank is None else AdapterSpec(rank, float(rank), first.targets)
+    spec = first if rank is None else replace(first, rank=rank, alpha=float(rank))
     combined = strategy.combine(adapters, weights, draw or Draw())
     layers, kept, squared = {}, 1.0, 0.0
     for name, update in combined.items():

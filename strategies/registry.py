@@ -79,6 +79,11 @@ def require_strategy(settings: TrainingSettings) -> None:
             "release only noised and charged to a privacy budget; take privacy=patient_eps8, or "
             "another strategy"
         )
+    if strategy.statistics and settings.adapter.freeze_half:
+        raise ConfigError(
+            f"strategy={chosen.name}: needs statistics of every layer; take "
+            "adapter.freeze_half=false, or another strategy"
+        )
 
 
 def create(

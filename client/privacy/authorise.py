@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from fnmatch import fnmatchcase
 
+from adapters.chosen_layers import chosen_layers
 from adapters.plan import TrainingPlan
 from client.privacy.microbatch import bucket
 from client.refusal import Reason, Refusal
@@ -60,6 +61,20 @@ def require_model(plan: TrainingPlan, installed: str, longest: int | None) -> No
             f"max_tokens {plan.privacy.max_tokens}: padded to {bucket(plan.privacy.max_tokens)}, "
             f"the model reads {longest}",
         )
+
+
+def require_layers(plan: TrainingPlan, policy: SitePolicy, depth: int) -> None:
+    """Return when the plan adapts no more of the model's ``depth`` blocks than is allowed.
+
+    Raises Refusal, also when the plan names blocks that the model does not have.
+    """
+    try:
+        count = len(chosen_layers(plan.adapter.layers, depth))
+    except ValueError as problem:
+        raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
+    most = policy.adapter.max_layers
+    if most is not None and count > most:
+        raise Refusal(Reason.LIMIT_EXCEEDED, f"{count} layers")
 
 
 def require_unit(plan: TrainingPlan, has_patients: bool) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
 from adapters.statistics import Statistics, require_statistics
-from adapters.trained_part import frozen_suffix, to_travel
+from adapters.trained_part import frozen_suffix
 from client.privacy.released import (
     COUNT_GRID,
     LOSS_GRID,
@@ -148,14 +148,16 @@ class Gate:
         before = self.received.tensors()
         tensors = trained.value.tensors()
         frozen = frozen_suffix(plan.upload)
+        trained_layers = plan.trained_layers(self.received.layers)
         _require(set(tensors) == set(before), "factors missing or unexpected")
         for name, tensor in tensors.items():
             _require(tensor.shape == before[name].shape, f"shape of {name}")
             _require(tensor.dtype == torch.float32, f"{name} is {tensor.dtype}")
             _require(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
-            if frozen and name.endswith(frozen):
+            layer = name.rpartition(".lora_")[0]
+            if layer not in trained_layers or (frozen and name.endswith(frozen)):
                 _require(tensor.equal(before[name]), f"frozen factor {name} moved")
-        return to_travel(trained.value, plan.upload, plan.seed)
+        return plan.to_travel(trained.value)
 
     def _facts(self, facts: Mapping[str, Released[Fact]]) -> dict[str, Fact]:
         out = {}

@@ -102,6 +102,30 @@ def test_both_leave_where_both_are_trained(gate: MakeGate, received: Adapter) ->
     assert set(out) == set(received.tensors())
 
 
+@pytest.mark.parametrize("part", ["B", "A", "both"])
+def test_of_a_half_that_is_frozen_nothing_leaves_and_nothing_may_have_moved(
+    part: str, gate: MakeGate, received: Adapter
+) -> None:
+    half = gate(adapter={"train": part, "freeze_half": True}, upload=part)
+    trained = half.plan.trained_layers(received.layers)
+    frozen = sorted(received.layers.keys() - trained)
+    assert len(frozen) == len(trained) == 2
+    B, A = float(part != "A"), float(part != "B")
+    there = moved(received, A, B)
+    honest = received.updated(there.only(trained))
+    out = half.release(Released(honest, GRADIENT), HONEST).tensors
+    assert {name.rpartition(".lora_")[0] for name in out} == trained
+    assert half.plan.joined(received, out).fingerprint() == honest.fingerprint()
+    for layer in frozen:
+        for factor in ("A", "B"):  # one number of one factor is enough
+            was = received.layers[layer]
+            changed = replace(was, **{factor: getattr(was, factor).clone()})
+            getattr(changed, factor)[0, 0] += 1e-6
+            assert not getattr(changed, factor).equal(getattr(was, factor))
+            detail = refused(half, replace(honest, layers={**honest.layers, layer: changed}))
+            assert detail == f"frozen factor {layer}.lora_{factor}.weight moved"
+
+
 def test_only_A_leaves_where_B_is_frozen(gate: MakeGate, received: Adapter) -> None:
     only_A = gate(adapter={"train": "A"}, upload="A")
     layers = {n: replace(layer, A=layer.A + 1) for n, layer in received.layers.items()}
