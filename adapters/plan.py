@@ -6,6 +6,7 @@ site policy decides, and the hospital itself computes the noise that the plan's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
@@ -95,6 +96,15 @@ class TrainingPlan(Settings):
         """
         part = sent.only(self.trained_layers(sent.layers))
         return sent.updated(joined(part, travelled, self.upload, self.seed))
+
+    def noise_std(self, noise_multiplier: float) -> float:
+        """Of the noise in every trained entry after this round's steps of plain SGD.
+
+        Each step subtracts rate (S + sigma C N) / D, and variances add.
+        """
+        rates = (self.learning_rate(step) ** 2 for step in range(self.local_steps))
+        own = noise_multiplier * self.privacy.clip_norm / self.privacy.denominator
+        return own * math.sqrt(sum(rates))
 
     def learning_rate(self, step: int) -> float:
         """Rate of local step 0, 1, ...: linear decay over all steps of all rounds."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flwr.app import Message
@@ -22,9 +22,9 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
-from server.acceptance import accept, node_name, one_reply_each
+from server.acceptance import Accepted, accept, node_name, one_reply_each
 from server.run_folder import RunFolder, write_atomically
-from strategies.base import Draw, MergeError
+from strategies.base import Draw, MergeError, Noise
 from strategies.merging import merge
 from strategies.registry import create
 from transport.wire import pack_task, size_bytes
@@ -71,7 +71,7 @@ def federate(
             )
         try:
             weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
-            draw = Draw(folder.name, number)
+            draw = Draw(folder.name, number, _noise(plan, sent, accepted))
             moved = plan.trained_layers(sent.layers)
             merged = merge(strategy, [a.adapter.only(moved) for a in accepted], weights, draw)
         except MergeError as problem:
@@ -96,6 +96,16 @@ def federate(
         }
         folder.finish_round(record)
     return folder.global_adapter()
+
+
+def _noise(plan: TrainingPlan, sent: Adapter, accepted: Sequence[Accepted]) -> Noise | None:
+    """What is known of it: nothing where a hospital does not state its noise multiplier."""
+    stated = [float(a.facts.get("noise_multiplier", -1)) for a in accepted]
+    if not plan.privacy.enabled:
+        stated = [0.0] * len(accepted)
+    if plan.optimizer.name != "sgd" or min(stated) < 0:
+        return None
+    return Noise(sent, tuple(plan.noise_std(multiplier) for multiplier in stated))
 
 
 def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:

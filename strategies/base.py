@@ -42,6 +42,7 @@ class Declaration:
     (scaling all by c scales the result by c), "gauge" (only products matter).
     ``trains``: settings of ``adapter.train`` under which what was frozen stays what it was.
     ``statistics``: what it needs from hospitals beside adapters; it costs them privacy budget.
+    ``noise``: it needs ``Draw.noise``, which rounds of plain SGD know.
     ``paper``: where it comes from.
     """
 
@@ -52,14 +53,29 @@ class Declaration:
     keeps: frozenset[str] = frozenset({"one", "equal", "scale", "gauge"})
     trains: tuple[TrainedFactors, ...] = EVERY_PART
     statistics: Statistic | None = None
+    noise: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """What a round knows of the noise in its adapters.
+
+    ``start`` is the adapter that every hospital was sent; ``stds`` the standard deviation of the
+    noise in every entry of the factor that each of them trained, in the order of the adapters and
+    before LoRA's scale (``TrainingPlan.noise_std``).
+    """
+
+    start: Adapter
+    stds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Randomness that can be repeated: a generator for each round and each tensor of it."""
+    """Which round is merged: randomness that can be repeated, and what is known of its noise."""
 
     run: str = ""
     round: int = 0
+    noise: Noise | None = None
 
     def of(self, tensor: str) -> torch.Generator:
         """The generator of one tensor, from which nothing of another's is learned."""

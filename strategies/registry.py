@@ -28,6 +28,7 @@ from strategies.lines import Lines
 from strategies.lora_fair import LoraFair
 from strategies.median import Median, TrimmedMean
 from strategies.model_stock import ModelStock
+from strategies.noise_aware import NoiseAware
 from strategies.norm_bound import NormBound
 from strategies.norm_weighted import NormWeighted
 from strategies.product_mean import ProductMean
@@ -43,7 +44,7 @@ OURS: tuple[type[Strategy], ...] = (
     TaskArithmetic, Slerp, Karcher, ModelStock, NormWeighted,
     Ties, Dare, Della, Breadcrumbs,
     CoreTies, Knots, TsvM, IsoC,
-    Median, TrimmedMean, Krum, NormBound,
+    Median, TrimmedMean, Krum, NormBound, NoiseAware,
     Fisher, RegMean,
     Lines,
 )  # fmt: skip
@@ -78,6 +79,11 @@ def require_strategy(settings: TrainingSettings) -> None:
             f"strategy={chosen.name}: needs {strategy.statistics} statistics, which hospitals "
             "release only noised and charged to a privacy budget; take privacy=patient_eps8, or "
             "another strategy"
+        )
+    if strategy.declared.noise and settings.optimizer.name != "sgd":
+        raise ConfigError(
+            f"strategy={chosen.name}: the noise of an adapter is known under plain SGD only; take "
+            "optimizer=sgd, or another strategy"
         )
     if strategy.statistics and settings.adapter.freeze_half:
         raise ConfigError(

@@ -16,14 +16,14 @@ from adapters.lowrank import LowRank
 from adapters.statistics import MeasuredAdapter
 from conf.load import ConfigError, groups, load
 from conf.schema import RunSettings
-from strategies.base import Draw, MergeError, Strategy
+from strategies.base import Draw, MergeError, Noise, Strategy
 from strategies.merging import Merge, merge
 from strategies.registry import OURS, create
 
 TARGETS = ("q", "v")
 SHAPES = {"layers.0.q": (9, 7), "layers.1.v": (6, 8)}
 NAMES = [kind.name for kind in OURS]
-SHARED = {"ffa", "fedsvd", "rolora", "regmean", "fisher"}  # need the same A
+SHARED = {"ffa", "fedsvd", "rolora", "regmean", "fisher", "noise_aware"}  # need the same A
 ONE_RANK = {"fedavg", "lora_fair"}  # average factors
 RANDOM = {"dare", "della"}  # masks follow from the content
 
@@ -90,7 +90,14 @@ def equal_weights(adapters: list[Adapter]) -> list[float]:
 
 def whole(name: str, adapters: list[Adapter], weights: list[float] | None = None) -> Merge:
     """Merged at full rank, so that nothing is lost on the way back to factors."""
-    return merge(strategy(name), adapters, weights or equal_weights(adapters), rank=7)
+    return merge(strategy(name), adapters, weights or equal_weights(adapters), draw(adapters), 7)
+
+
+def draw(adapters: list[Adapter]) -> Draw:
+    """A round that began with B = 0 and in which every hospital added as much noise."""
+    first = adapters[0]
+    layers = {n: LowRank(torch.zeros_like(x.B), x.A) for n, x in first.layers.items()}
+    return Draw(noise=Noise(Adapter(first.spec, layers), (0.1,) * len(adapters)))
 
 
 def keeping(what: str) -> list[str]:
