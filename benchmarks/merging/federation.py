@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from client.privacy.randomness import SeededSampling
 from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
 from conf.schema import ModelSettings, TrainingSettings
-from strategies.base import Draw
+from strategies.base import Draw, Noise
 from strategies.merging import merge
 from strategies.registry import create
 
@@ -61,18 +61,21 @@ class Federation:
         self,
         settings: TrainingSettings,
         hospitals: Sequence[Department],
-        on_round: Callable[[], None] = lambda: None,
+        budgets: Sequence[float | None] = (),
     ) -> Outcome:
-        """All rounds of a federation; ``on_round`` is called after each hospital's round."""
+        """All rounds of a federation; ``budgets`` are hospitals' own epsilons, in their order."""
         chosen = settings.strategy
         strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
         merged, sent = self.initial(settings), {}
+        own = [_with_budget(settings, e) for e in budgets or [None] * len(hospitals)]
         for number in range(1, settings.federation.rounds + 1):
-            for hospital in hospitals:
-                sent[hospital.name] = self._round(settings, number, merged, hospital)
-                on_round()
+            plans = [plan_round(s, _RUN, number, self._fingerprint) for s in own]
+            for plan, hospital in zip(plans, hospitals, strict=True):
+                sent[hospital.name] = self._round(plan, merged, hospital)
+            stds = tuple(plan.noise_std(noise_multiplier(plan)) for plan in plans)
+            draw = Draw(_RUN, number, Noise(merged, stds))
             weights = [1 / len(sent)] * len(sent)
-            merged = merge(strategy, list(sent.values()), weights, Draw(_RUN, number)).adapter
+            merged = merge(strategy, list(sent.values()), weights, draw).adapter
         return Outcome(sent, merged)
 
     def initial(self, settings: TrainingSettings) -> Adapter:
@@ -96,12 +99,9 @@ class Federation:
                 found[i] = nats / math.log(2)
         return found
 
-    def _round(
-        self, settings: TrainingSettings, number: int, received: Adapter, hospital: Department
-    ) -> Adapter:
+    def _round(self, plan: TrainingPlan, received: Adapter, hospital: Department) -> Adapter:
         """A hospital's adapter after one round, from disk if it was computed before."""
-        plan = plan_round(settings, _RUN, number, self._fingerprint)
-        same = plan.model_copy(update={"strategy": "any"}).model_dump_json()
+        same = plan.model_dump_json(exclude={"strategy"}, exclude_defaults=True)
         units = hashlib.sha256(repr(sorted(hospital.units)).encode()).hexdigest()
         key = f"{same}\n{received.fingerprint()}\n{hospital.name}\n{units}"
         saved = self._folder / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -141,6 +141,13 @@ class Federation:
         if self._attached is not None:
             lora.detach(self._attached[1])
             self._attached = None
+
+
+def _with_budget(settings: TrainingSettings, epsilon: float | None) -> TrainingSettings:
+    if epsilon is None:
+        return settings
+    privacy = settings.privacy.model_copy(update={"epsilon": epsilon})
+    return settings.model_copy(update={"privacy": privacy})
 
 
 def noise_multiplier(plan: TrainingPlan) -> float:

@@ -58,6 +58,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "lora_fair": ("strategy=lora_fair", "adapter.train=both"),
 }
 POOLED, ALONE = "pooled", "alone"
+# Every second hospital has an epsilon of 1 whatever the cell's is.
+MIXED: dict[str, tuple[str, ...]] = {
+    "fedsvd, half at 1": ARMS["fedsvd"],
+    "noise_aware, half at 1": ("strategy=noise_aware",),
+}
+_SMALL_BUDGET = 1.0
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
                 for arm in ("product_mean", "fedavg"):
                     for epsilon in (None, EPSILONS[-1]):
                         yield Cell(count, arm, epsilon, seed, scale)
+            for arm in MIXED:
+                yield Cell(count, arm, EPSILONS[1], seed, scale)
     for count in hospitals:
         for seed in seeds:
             for arm in (*ARMS, POOLED, ALONE):
@@ -158,7 +166,7 @@ def settings(cell: Cell, hospitals: int) -> RunSettings:
 
     A pooled site takes the same steps on all the notes: its sums are as much larger as the divisor.
     """
-    chosen = ARMS.get(cell.arm, ARMS["fedsvd"])
+    chosen = {**ARMS, **MIXED}.get(cell.arm, ARMS["fedsvd"])
     scale = cell.scale
     own = [
         f"seed={cell.seed}",
@@ -198,7 +206,8 @@ def _measured(cell: Cell) -> Result:
         alone = [bits(federation.run(made, [site]).merged) for site in sites]
         found = min(alone, key=lambda one: sum(map(sum, one.values())))  # the best for all
     else:
-        ended = federation.run(made, sites)
+        budgets = [_SMALL_BUDGET if i % 2 else cell.epsilon for i in range(len(sites))]
+        ended = federation.run(made, sites, budgets if cell.arm in MIXED else ())
         found = bits(ended.merged)
         if cell.arm == "fedsvd" and cell.seed == 0:
             rules = {
