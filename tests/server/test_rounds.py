@@ -25,6 +25,7 @@ from client.privacy.ledger import Ledger
 from conf.schema import ModelSettings, TrainingSettings
 from server.rounds import RoundFailed, federate
 from server.run_folder import RunFolder
+from strategies.base import Draw
 from strategies.merging import merge
 from strategies.registry import create
 from transport.wire import pack_refusal, pack_result, pack_task, size_bytes
@@ -95,6 +96,39 @@ def test_two_rounds_merge_what_the_hospitals_sent_and_learn_from_it(
         with lora.applied(base.model, adapter):
             losses.append(score_texts(base.model, base.tokenizer, texts, 32).nats)
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("train", ["B", "A", "alternate", "both", "core"])
+def test_half_of_an_adapter_in_the_last_layer_is_trained_and_the_rest_stays_as_it_was(
+    train: str, local_grid: Grids, honest: dict[int, Answer], settings: Settings, folder: RunFolder
+) -> None:
+    name = {"A": "rolora", "alternate": "rolora", "both": "ties"}.get(train, "ffa")
+    shape = {"train": train, "layers": "last:1", "freeze_half": True}
+    wanted = settings(strategy={"name": name}, adapter=shape)
+    go(local_grid(honest), wanted, folder)
+    every = {f"model.layers.1.self_attn.{target}_proj" for target in "qv"}
+    for number in (1, 2):
+        record = folder.finished_rounds()[number - 1]
+        assert record["left_out"] == {}
+        before = Adapter.load(folder.adapter_folder(number - 1))
+        assert set(before.layers) == every
+        plan = plan_round(wanted, "run", number, "0" * 64)
+        trained = plan.trained_layers(every)
+        assert len(trained) == 1
+        own = [Adapter.load(folder.adapter_folder(number, site)) for site in SITES]
+        after = Adapter.load(folder.adapter_folder(number))
+        for adapter in (*own, after):
+            for layer, was in before.layers.items():
+                now = adapter.layers[layer]
+                same = now.B.equal(was.B) and now.A.equal(was.A)
+                assert same == (layer not in trained)
+        sizes = [size_bytes(pack_result(plan.to_travel(a), {})) for a in own]
+        assert record["bytes_up"] == sum(sizes)
+        again = merge(
+            create(name), [a.only(trained) for a in own], [1 / 3] * 3, Draw("run", number)
+        )
+        assert again.adapter.fingerprint() == after.only(trained).fingerprint()
+        assert record["mean_cosine"] == again.mean_cosine  # of what was trained, not of the rest
 
 
 def test_a_private_run_ends_within_every_hospitals_budget(
