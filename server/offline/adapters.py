@@ -36,18 +36,11 @@ class AdapterFolder:
     def open(cls, typed: str) -> AdapterFolder:
         """Read a PEFT folder. Raises MergeError naming the folder and what is wrong with it."""
         folder = Path(typed)
+        config = _config(folder, typed)
         try:
-            config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-            if config["peft_type"] != "LORA":
-                raise MergeError(f"{typed}: is {config['peft_type']}, and only LoRA is merged")
             stored = Adapter.load(folder)
-        except FileNotFoundError as absent:
-            name = PurePath(str(absent.filename or "adapter_model.safetensors")).name
-            raise MergeError(f"{typed}: {name} is absent") from None
-        except KeyError as missing:
-            raise MergeError(f"{typed}: adapter_config.json says no {missing.args[0]}") from None
-        except MergeError:
-            raise
+        except FileNotFoundError:
+            raise MergeError(f"{typed}: adapter_model.safetensors is absent") from None
         except ValueError as problem:
             said = str(problem).removeprefix(f"{folder}: ")
             raise MergeError(f"{typed}: {said}") from None
@@ -120,6 +113,20 @@ def _named(adapter: Adapter, opened: Sequence[AdapterFolder]) -> Adapter:
 def _negative(adapter: Adapter) -> Adapter:
     layers = {name: LowRank(-layer.B, layer.A) for name, layer in adapter.layers.items()}
     return Adapter(adapter.spec, layers)
+
+
+def _config(folder: Path, typed: str) -> dict[str, Any]:
+    """The adapter's configuration, of a LoRA and with all that is needed. Raises MergeError."""
+    try:
+        config = dict(json.loads((folder / "adapter_config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise MergeError(f"{typed}: adapter_config.json is absent or broken") from None
+    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
+        if not config.get(key):
+            raise MergeError(f"{typed}: adapter_config.json says no {key}")
+    if config["peft_type"] != "LORA":
+        raise MergeError(f"{typed}: is {config['peft_type']}, and only LoRA is merged")
+    return config
 
 
 def _differ(one: str, other: str) -> bool:

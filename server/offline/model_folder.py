@@ -113,21 +113,18 @@ class Fingerprint:
 
 
 def write_weights(
-    folder: Path,
-    headers: Mapping[str, Header],
-    make: Callable[[str], Tensor],
-    shard: int = SHARD,
+    folder: Path, headers: Mapping[str, Header], make: Callable[[str], Tensor]
 ) -> None:
     """Write a model's tensors, each made when it is its turn, in order of their names.
 
-    ``headers`` say what ``make`` will give. Several files where one would exceed ``shard`` bytes;
+    ``headers`` say what ``make`` will give. Several files where one would exceed ``SHARD`` bytes;
     a single larger tensor has a file of its own.
     """
     parts: list[list[str]] = [[]]
     filled = 0
     for name in sorted(headers):
         size = math.prod(headers[name].shape) * headers[name].dtype.itemsize
-        if parts[-1] and filled + size > shard:
+        if parts[-1] and filled + size > SHARD:
             parts.append([])
             filled = 0
         parts[-1].append(name)

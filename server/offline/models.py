@@ -3,8 +3,8 @@
 Of every model one tensor is held at a time, in float64, and of the result one file. A tensor goes
 through the same strategy as an adapter's layer does, as a matrix: a vector is a matrix of one row,
 and more dimensions than two are folded into the second. What a strategy compares (inner products,
-thresholds, ranks) it compares within a tensor, as mergekit does; Krum alone reads all models twice,
-because it chooses a model, not tensors.
+thresholds, ranks) it compares within a tensor, as mergekit does. With ``scope: model`` inner
+products are summed over all tensors first, and models are read twice: Krum does, to choose one.
 
 Strategies that work on singular vectors have nothing to say on vectors (norms, biases), nor do
 their papers: there the weighted mean is taken.

@@ -227,7 +227,7 @@ def _translated(name: str, how: Method, parameters: Mapping[str, Any]) -> dict[s
                 f"parameters.{key}: {name} has no such parameter; there are: {', '.join(known)}"
             )
         if target in own:
-            raise ConfigError(f"parameters.{key}: is the same as {target}; give one of them")
+            raise ConfigError(f"parameters.{key}: is there by another name; give one of them")
         own[target] = value
     if how.needs_density and "density" not in own:
         raise ConfigError(

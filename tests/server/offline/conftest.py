@@ -63,15 +63,15 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture
 def call(tmp_path: Path) -> Call:
-    """``wardround merge`` on a recipe given as keys; models as {path: parameters} or paths."""
+    """``wardround merge`` on a recipe given as keys; models as {path: parameters} or a list."""
 
     def merge(out: Path | None = None, **recipe: Any) -> int:
-        if isinstance(recipe.get("models"), dict):
-            recipe["models"] = [
-                {"model": str(path), "parameters": dict(parameters)} if parameters
-                else {"model": str(path)}
-                for path, parameters in recipe["models"].items()
-            ]  # fmt: skip
+        if isinstance(recipe.get("models"), list):
+            recipe["models"] = {path: {} for path in recipe["models"]}
+        recipe["models"] = [
+            {"model": str(path), **({"parameters": dict(own)} if own else {})}
+            for path, own in recipe.get("models", {}).items()
+        ]
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in recipe.items()}
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(plain))

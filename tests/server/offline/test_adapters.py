@@ -23,9 +23,7 @@ def dense(folder: Path) -> dict[str, Tensor]:
     stored = load_file(folder / "adapter_model.safetensors")
     names = {name.split(".lora_")[0] for name in stored}
     return {
-        n: scale
-        * stored[f"{n}.lora_B.weight"].double()
-        @ stored[f"{n}.lora_A.weight"].double()
+        n: scale * stored[f"{n}.lora_B.weight"].double() @ stored[f"{n}.lora_A.weight"].double()
         for n in names
     }
 
@@ -95,7 +93,7 @@ def test_adapters_that_share_a_factor_keep_their_rank(
     other = Adapter.load(two)
     layers = {n: type(x)(other.layers[n].B, x.A) for n, x in shared.layers.items()}
     Adapter(other.spec, layers).save(two)
-    assert call(merge_method="linear", models={one: {}, two: {}}) == 0
+    assert call(merge_method="linear", models=[one, two]) == 0
     assert Adapter.load(tmp_path / "out").spec.rank == 4
     assert gap(dense(tmp_path / "out"), expected([one, two], [0.5, 0.5])) < 2e-7
 
@@ -103,8 +101,7 @@ def test_adapters_that_share_a_factor_keep_their_rank(
 def test_a_rank_gives_the_best_approximation(
     adapters: list[Path], tmp_path: Path, call: Call
 ) -> None:
-    models = dict.fromkeys(adapters, {})
-    assert call(merge_method="linear", models=models, parameters={"rank": 3}) == 0
+    assert call(merge_method="linear", models=adapters, parameters={"rank": 3}) == 0
     found, exact = dense(tmp_path / "out"), expected(adapters, [1 / 3] * 3)
     kept = []
     for name, update in exact.items():
@@ -126,8 +123,7 @@ def test_what_was_made_of_dense_entries_is_kept_whole(
     from strategies.base import Draw
     from strategies.registry import create
 
-    models = dict.fromkeys(adapters, {"weight": 1.0})
-    assert call(merge_method="ties", models=models, parameters={"density": 0.3}) == 0
+    assert call(merge_method="ties", models=adapters, parameters={"density": 0.3}) == 0
     own = [Adapter.load(folder) for folder in adapters]
     ties = create("ties", {"density": 0.3, "scope": "layer"})
     wanted = {
@@ -165,17 +161,15 @@ def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path: Path, call: Call) 
     GPT2LMHeadModel(small).save_pretrained(tmp_path / "base")
     targets = ["c_attn", "attn.c_proj"]  # the second is square
     one = lora(tmp_path / "base", tmp_path / "one", 1, target_modules=targets, fan_in_fan_out=True)
-    common = {"merge_method": "linear", "models": {one: {}}, "base_model": tmp_path / "base"}
+    common = {"merge_method": "linear", "models": [one], "base_model": tmp_path / "base"}
     assert call(output="model", **common) == 0
-    assert torch.allclose(
-        logits(tmp_path / "out", None), logits(tmp_path / "base", one), atol=1e-5
-    )
+    assert torch.allclose(logits(tmp_path / "out", None), logits(tmp_path / "base", one), atol=1e-5)
 
 
 def test_half_precision_is_rounded_once_and_reported(
     adapters: list[Path], tmp_path: Path, call: Call
 ) -> None:
-    assert call(merge_method="linear", models=dict.fromkeys(adapters, {}), dtype="bfloat16") == 0
+    assert call(merge_method="linear", models=adapters, dtype="bfloat16") == 0
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     off = gap(dense(tmp_path / "out"), expected(adapters, [1 / 3] * 3))
@@ -194,7 +188,7 @@ def test_adapters_in_half_precision_are_scaled_in_float64(
         alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
         assert json.loads((folder / "half/adapter_config.json").read_text())["lora_alpha"] == alpha
     halves = [one / "half", two / "half"]
-    assert call(merge_method="linear", models=dict.fromkeys(halves, {})) == 0
+    assert call(merge_method="linear", models=halves) == 0
     assert gap(dense(tmp_path / "out"), expected(halves, [0.5, 0.5])) < 2e-7
 
 
@@ -202,9 +196,7 @@ def test_targets_name_the_layers_that_are_adapted_and_no_others(
     tiny_model: Path, tmp_path: Path, call: Call
 ) -> None:
     one = lora(tiny_model, tmp_path / "one", 1, layers_to_transform=[1])
-    assert call(merge_method="linear", models={one: {}}) == 0
-    assert torch.allclose(
-        logits(tiny_model, tmp_path / "out"), logits(tiny_model, one), atol=1e-6
-    )
+    assert call(merge_method="linear", models=[one]) == 0
+    assert torch.allclose(logits(tiny_model, tmp_path / "out"), logits(tiny_model, one), atol=1e-6)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert all(".layers.1." in target for target in config["target_modules"])
