@@ -153,13 +153,13 @@ class Adapter:
             digest.update(data.numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: Path, base_model: str = "") -> Path:
+    def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
         """Write a PEFT adapter folder; the tensors come last, durable and whole."""
         folder.mkdir(parents=True, exist_ok=True)
         config = replace(self.spec, targets=self.modules, layers=None).peft_config(base_model)
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        flat = {_PREFIX + k: v.detach().float().contiguous() for k, v in self.tensors().items()}
+        flat = {_PREFIX + k: v.detach().to(dtype).contiguous() for k, v in self.tensors().items()}
         part = folder / "adapter_model.safetensors.part"
         save_file(flat, part)
         with part.open("rb") as file:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from adapters.lowrank import LowRank, gram, svd
+from adapters.lowrank import Dense, LowRank, gram, svd
 from strategies.base import (
     Draw,
     MergeError,
@@ -21,6 +22,8 @@ from strategies.base import (
 )
 from strategies.inner_products import cosines
 
+_ROUNDING = 1e-12  # singular value, relative to the layer's largest, that is rounding
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -29,7 +32,8 @@ class Merge:
     ``discrepancy``: relative Frobenius norm of what averaging A and B separately would have got
     wrong, ||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over all layers; 0 if a factor is shared,
     None where ranks differ and factors have no mean.
-    ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers.
+    ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers;
+    ``kept_by_layer``: of each layer.
     ``mean_cosine``: of all pairs of hospitals, each taken as one vector; None for one hospital.
     ``norm_ratio``: norm of the merged update over that of the exact mean; 1 when both are zero.
     """
@@ -39,6 +43,7 @@ class Merge:
     kept_energy: float
     mean_cosine: float | None
     norm_ratio: float
+    kept_by_layer: Mapping[str, float]
 
 
 def merge(
@@ -46,21 +51,24 @@ def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     draw: Draw | None = None,
-    rank: int | None = None,
+    rank: int | Literal["exact"] | None = None,
 ) -> Merge:
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
-    ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's.
+    ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's, and
+    "exact" the rank that the merged update has, so that nothing is lost.
     Raises MergeError when the adapters do not fit each other or the strategy.
     """
     _check(adapters, weights)
     first = adapters[0].spec
-    spec = first if rank is None else replace(first, rank=rank, alpha=float(rank))
     combined = strategy.combine(adapters, weights, draw or Draw())
-    layers, kept, squared = {}, 1.0, 0.0
+    if rank == "exact":
+        combined, rank = _compressed(combined)
+    spec = first if rank is None else replace(first, rank=rank, alpha=float(rank))
+    layers, kept, squared = {}, {}, 0.0
     for name, update in combined.items():
-        layers[name], share, norm = _of_rank(update, spec.rank)
-        kept, squared = min(kept, share), squared + norm**2
+        layers[name], kept[name], norm = _of_rank(update, spec.rank)
+        squared += norm**2
     merged = Adapter.from_deltas(layers, spec)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
@@ -71,9 +79,10 @@ def merge(
     return Merge(
         merged,
         _discrepancy(adapters, updates, weights, size),
-        kept,
-        _mean_cosine(products),
+        min(kept.values()),
+        mean_cosine(products),
         math.sqrt(squared) / size if size else 1.0,
+        kept,
     )
 
 
@@ -93,16 +102,32 @@ def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:
     """Factors of exactly ``rank``, the share of the squared norm that they keep, and the norm."""
     if isinstance(update, LowRank) and update.rank == rank:
         return update, 1.0, update.norm()  # as it is: what is shared stays the same bit for bit
-    parts = svd(update if isinstance(update, LowRank) else _factors(update), rank)
+    parts = svd(update if isinstance(update, LowRank) else Dense(update), rank)
     return parts.truncate(rank), parts.kept_energy(rank), float(parts.S.norm())
 
 
-def _factors(dense: Tensor) -> LowRank:
-    """A dense update as factors of full rank, the identity being one of them."""
-    m, n = dense.shape
-    if m <= n:
-        return LowRank(torch.eye(m, dtype=dense.dtype), dense)
-    return LowRank(dense, torch.eye(n, dtype=dense.dtype))
+def _compressed(updates: Mapping[str, Update]) -> tuple[dict[str, LowRank], int]:
+    """All updates as factors of one rank: the least that keeps every singular value above rounding.
+
+    Narrower layers are filled up with zeros: PEFT knows one rank for all.
+    """
+    found = {
+        name: svd(update if isinstance(update, LowRank) else Dense(update))
+        for name, update in updates.items()
+    }
+    ranks = {
+        name: int((_ROUNDING * parts.S.max() < parts.S).sum()) for name, parts in found.items()
+    }
+    rank = max(1, *ranks.values())
+    layers = {}
+    for name, parts in found.items():
+        own = parts.truncate(max(1, ranks[name]))
+        more = rank - own.rank
+        layers[name] = LowRank(
+            torch.cat([own.B, own.B.new_zeros(own.B.shape[0], more)], 1),
+            torch.cat([own.A, own.A.new_zeros(more, own.A.shape[1])]),
+        )
+    return layers, rank
 
 
 def _discrepancy(
@@ -131,7 +156,7 @@ def _shared(factors: Sequence[Tensor]) -> bool:
     return all(factor.equal(factors[0]) for factor in factors[1:])
 
 
-def _mean_cosine(products: Tensor) -> float | None:
+def mean_cosine(products: Tensor) -> float | None:
     """Over all pairs of hospitals that learned anything, from the inner products (K, K)."""
     learned = products.diagonal() > 0
     found = cosines(products[learned][:, learned])
