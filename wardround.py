@@ -28,6 +28,14 @@ from conf.commands import (
     LedgerCommand,
     ServerCommand,
 )
+from conf.experts import (
+    EXPERTS_HELP,
+    TRADEOFF_HELP,
+    TRANSFER_HELP,
+    ExpertsCommand,
+    TradeoffCommand,
+    TransferCommand,
+)
 from conf.load import ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 
@@ -170,6 +178,27 @@ def _audit(overrides: list[str], multirun: bool, console: Console) -> int:
     return 1 if result.problems else 0
 
 
+def _experts(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.command import run
+
+    run(load("experts", overrides, ExpertsCommand), console)
+    return 0
+
+
+def _tradeoff(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.tradeoff import run
+
+    run(load("tradeoff", overrides, TradeoffCommand), console)
+    return 0
+
+
+def _transfer(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.transfer_command import run
+
+    run(load("transfer", overrides, TransferCommand), console)
+    return 0
+
+
 COMMANDS = {
     "simulate": Command(
         "many hospitals on this machine, end to end, with a report",
@@ -223,6 +252,9 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
   wardround evaluate adapter=release notes=fhir notes.path=export/ part=held_out""",
         _evaluate,
     ),
+    "experts": Command("merge experts by search over several tasks", EXPERTS_HELP, _experts),
+    "tradeoff": Command("clinical gain against forgetting, as a curve", TRADEOFF_HELP, _tradeoff),
+    "transfer": Command("what was learned, on another checkpoint", TRANSFER_HELP, _transfer),
     "ledger": Command(
         "what a hospital has spent, what a plan would cost, a statement to sign off",
         """Look into the privacy ledger that a site policy names. Nothing here spends anything.
@@ -322,11 +354,12 @@ def _expected() -> tuple[type[Exception], ...]:
     from server.daemon import DaemonError
     from server.rounds import RoundFailed
     from simulation.cohort import SimulationError
+    from strategies.base import MergeError
 
     return (
         ModelError, ClientDaemonError, NodeKeyError, NotesError, SiteError, InstructionsError,
         CertificateError, DaemonError, RoundFailed, SimulationError, LedgerError,
-        UnsupportedAdapter, Refusal,
+        UnsupportedAdapter, Refusal, MergeError,
         OSError,  # a disk that is full, a folder that may not be written
     )  # fmt: skip
 
