@@ -29,7 +29,8 @@ from conf.commands import (
     LedgerCommand,
     ServerCommand,
 )
-from conf.load import ConfigError, groups, load, sweep
+from conf.experts import ExpertsCommand, TradeoffCommand, TransferCommand
+from conf.load import ConfigError, command_help, groups, load, sweep
 from conf.schema import RunSettings
 
 # Flower and the libraries below it read these when they are imported.
@@ -49,10 +50,8 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does, in one line and in full, and the function that does it."""
+    """A subcommand: the function that does it, and how it is called."""
 
-    line: str
-    text: str
     run: Callable[[list[str], bool, Console], int]
     usage: str = "[key=value ...]"
     options: str = "Options are key=value, as in the files under conf/, where each is explained."
@@ -184,115 +183,43 @@ def _audit(overrides: list[str], multirun: bool, console: Console) -> int:
     return 1 if result.problems else 0
 
 
+def _experts(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.command import run
+
+    run(load("experts", overrides, ExpertsCommand), console)
+    return 0
+
+
+def _tradeoff(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.tradeoff import run
+
+    run(load("tradeoff", overrides, TradeoffCommand), console)
+    return 0
+
+
+def _transfer(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.transfer_command import run
+
+    run(load("transfer", overrides, TransferCommand), console)
+    return 0
+
+
 COMMANDS = {
-    "simulate": Command(
-        "many hospitals on this machine, end to end, with a report",
-        """Simulate a federation on this machine through the code that hospitals and coordinators
-run: private training in rounds, merging, alignment (SFT, DPO), evaluation, release, report.
-
-  wardround simulate                                    three simulated hospitals, about 7 minutes
-  wardround simulate strategy=ffa privacy.epsilon=3     another merge, a smaller budget
-  wardround simulate notes=jsonl notes.path=FILE notes.hospital_field=department hospitals.count=4
-  wardround simulate --multirun privacy=none,patient_eps8
-                                                        one report on the price of privacy, and of
-                                                        federation (it adds a pooled reference)
-  wardround simulate resume=runs/20260101-120000        go on after the last finished round""",
-        _simulate,
-    ),
-    "server": Command(
-        "the coordinator: wait for hospitals, run the rounds, merge",
-        """Run the coordinator. It makes certificates at first start (server.state), lets in the
-hospitals whose public keys lie in server.sites, and runs one federation into run_dir.
-
-  wardround server run_dir=runs/first federation.min_hospitals=2
-  wardround server run_dir=runs/first ...            again: goes on after the last finished round
-  wardround server server.transport=insecure ...     a test network without TLS, never patients""",
-        _server,
-    ),
-    "client": Command(
-        "a hospital: take part in runs under the site's own policy",
-        """Run a hospital. The site policy (see conf/site.example.yaml) says where the notes and the
-ledger are and what the hospital allows; nothing the coordinator sends can change it.
-
-  wardround client site=/etc/wardround/site.yaml client.server=HOST:PORT client.certificate=ca.pem
-
-At first start it makes the site's key and says where the public half lies: give that file to the
-coordinator, and take the coordinator's ca.pem.""",
-        _client,
-    ),
-    "align": Command(
-        "SFT, then DPO, on top of a merged adapter",
-        """Align an adapter on MediFlow-schema instructions. The result is the exact sum of the
-adapter, the SFT update and the DPO update, as a PEFT folder.
-
-  wardround align adapter=runs/first/adapters/round-002/global out=aligned alignment.path=FOLDER
-  (FOLDER holds mediflow*.jsonl and mediflow_dpo*.jsonl; without it the hub is asked)""",
-        _align,
-    ),
+    "simulate": Command(_simulate),
+    "server": Command(_server),
+    "client": Command(_client),
+    "align": Command(_align),
     "merge": Command(
-        "merge adapters or whole models that lie in folders, as a recipe says",
-        """Merge PEFT adapter folders, or models of one architecture, by a YAML file like those of
-mergekit. OUT_DIR must be new; it gets the result and merge_report.json, or nothing.
-
-  wardround merge recipe.yaml merged
-
-  merge_method: ties            linear, slerp, karcher, task_arithmetic, dare_ties, tsv_m, ...
-  models:
-    - model: experts/cardiology
-      parameters: {weight: 0.6}
-    - model: experts/oncology
-      parameters: {weight: 0.4}
-  parameters: {density: 0.3}    also rank: of the merged adapter; without it nothing is lost
-  base_model: models/base       whole models: what they were tuned from; adapters: see output
-  output: both                  adapter | model | both: fold the merged adapter into base_model
-  dtype: bfloat16               of what is saved; sums are float64""",
         _merge,
         usage="FILE.yaml OUT_DIR",
         options="Methods, parameters, and where they differ from mergekit: docs/offline-merging.md",
     ),
-    "evaluate": Command(
-        "score an adapter on your own notes, on your own machine",
-        """Perplexity and bits per character of base model and adapter on notes that stay here.
-
-  wardround evaluate adapter=release notes=jsonl notes.path=notes.jsonl
-  wardround evaluate adapter=release notes=fhir notes.path=export/ part=held_out""",
-        _evaluate,
-    ),
-    "ledger": Command(
-        "what a hospital has spent, what a plan would cost, a statement to sign off",
-        """Look into the privacy ledger that a site policy names. Nothing here spends anything.
-
-  wardround ledger show site=site.yaml                   every charge, and totals by data lineage
-  wardround ledger show site=site.yaml figure=spent.svg  and epsilon over time, as a picture
-  wardround ledger verify site=site.yaml                 exit code 0 when ledger and audit log hold
-  wardround ledger plan site=site.yaml plan.rounds=5 plan.local_steps=4 plan.sampling_rate=0.1
-                                                         the noise it needs, epsilon after it
-  wardround ledger plan site=site.yaml plan.noise_multiplier=0.8
-                                                         does it fit, and if not, how much of it
-  wardround ledger export site=site.yaml out=statement.json
-                                                         signed, for an ethics board
-  wardround ledger check file=statement.json             for the board: nothing else is needed""",
-        _ledger,
-    ),
-    "audit": Command(
-        "attack the private training installed here, and show what the attack can see",
-        """Audit the private training on this machine, with simulated patients. Nothing is spent of
-any real budget. It writes audit.json and audit.html, and ends with code 1 when a promise is broken
-or a check is blind.
-
-  white box     400 canaries with a known gradient through the engine's own clipping, sum, noise and
-                division, on the first 2 blocks of the model; six checks, for the installed engine
-                and for five that are sabotaged on purpose
-  whole rounds  the noise that leaves a hospital, against what its ledger was charged
-  black box     random notes planted in one hospital's training, 14 steps with privacy and 14
-                without: can the adapter's holder tell which?
-
-  wardround audit                                a few minutes on two cores
-  wardround audit privacy.epsilon=1 out=audit-1  another promise
-  wardround audit white_box.canaries=4000 white_box.blocks=null black_box.canaries=400
-                                                 proves more, takes an hour""",
-        _audit,
-    ),
+    "evaluate": Command(_evaluate),
+    "experts": Command(_experts),
+    "tradeoff": Command(_tradeoff),
+    "transfer": Command(_transfer),
+    "ledger": Command(_ledger),
+    "audit": Command(_audit),
 }
 
 
@@ -305,7 +232,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    lines = "\n".join(f"  {name:10} {command.line}" for name, command in COMMANDS.items())
+    texts = {name: command_help(name) for name in COMMANDS}
+    lines = "\n".join(f"  {name:10} {line}" for name, (line, _) in texts.items())
     parser = _Parser(
         prog="wardround",
         formatter_class=plain,
@@ -332,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             formatter_class=plain,
             usage=f"wardround {name} {command.usage}",
-            description=command.text,
+            description=texts[name][1],
             epilog=epilog,
         )
         if name == "simulate":

@@ -36,11 +36,11 @@ class MeasuredAdapter(Adapter):
 
     statistics: Statistics
 
-    def save(self, folder: Path, base_model: str = "") -> Path:
+    def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
         """As ``Adapter.save``, with the statistics in a file of their own."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(self.statistics), folder / "statistics.safetensors")
-        return super().save(folder, base_model)
+        return super().save(folder, base_model, dtype)
 
 
 def require_statistics(

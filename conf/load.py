@@ -93,10 +93,15 @@ def groups(config: Mapping[Any, Any] | None = None) -> dict[str, list[str]]:
     return {
         folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
         for folder in sorted(FOLDER.iterdir())
-        if folder.is_dir()
-        and folder.name != "__pycache__"
+        if any(folder.glob("*.yaml"))
         and (config is None or isinstance(config.get(folder.name), dict))
     }
+
+
+def command_help(command: str) -> tuple[str, str]:
+    """What a command does, in one line and in full: the first line of its file, and the rest."""
+    line, _, text = (FOLDER / "help" / f"{command}.txt").read_text(encoding="utf-8").partition("\n")
+    return line, text.strip()
 
 
 @cache

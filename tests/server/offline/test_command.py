@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wardround
+from conf.load import command_help
 from server.offline import command
 from server.offline.model_folder import ModelFolder
 from tests.server.offline.conftest import Call, lora
@@ -299,7 +300,7 @@ def test_of_every_model_one_tensor_is_held(
 def test_the_recipe_in_the_help_can_be_followed(
     adapters: list[Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = wardround.COMMANDS["merge"].text.splitlines()
+    lines = command_help("merge")[1].splitlines()
     recipe = lines[lines.index(next(x for x in lines if "merge_method" in x)) :]
     text = "\n".join(re.split(r" {3,}(?=\S)", line[2:])[0] for line in recipe)
     monkeypatch.chdir(tmp_path)
