@@ -142,6 +142,8 @@ def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(_measured, cell) for cell in missing]
         for ended in as_completed(running):
+            if ended.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             result = ended.result()
             known[result.cell.key] = result
             with file.open("a") as out:
@@ -222,8 +224,9 @@ def _by_other_rules(sent: list[Adapter]) -> Iterator[tuple[str, Adapter]]:
     """The last round merged by every strategy that takes what it sent, with its defaults."""
     weights = [1 / len(sent)] * len(sent)
     for name, kind in sorted(strategies().items()):
-        takes = "B" in kind.declared.trains and kind.declared.statistics is None
-        if name != "slerp" and takes:
+        declared = kind.declared
+        more = declared.statistics is not None or declared.noise  # than the adapters
+        if name != "slerp" and "B" in declared.trains and not more:
             yield name, merge(create(name), sent, weights, Draw("benchmark", 0)).adapter
 
 
