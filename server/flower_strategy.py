@@ -91,6 +91,11 @@ class MergeStrategy(FedAvg):
                 f"strategy={made.name}: needs {made.statistics} statistics, which plain Flower "
                 "messages do not carry; use `wardround server`, or another strategy"
             )
+        if made.declared.noise:
+            raise ConfigError(
+                f"strategy={made.name}: needs to know every hospital's noise, which plain Flower "
+                "messages do not state; use `wardround server`, or another strategy"
+            )
         self.strategy: Strategy = made
         self.alpha = alpha
         self.run = run

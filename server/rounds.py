@@ -71,8 +71,8 @@ def federate(
             )
         try:
             weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
-            draw = Draw(folder.name, number, _noise(plan, sent, accepted))
             moved = plan.trained_layers(sent.layers)
+            draw = Draw(folder.name, number, _noise(plan, sent.only(moved), accepted))
             merged = merge(strategy, [a.adapter.only(moved) for a in accepted], weights, draw)
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None

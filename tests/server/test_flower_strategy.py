@@ -133,7 +133,8 @@ def test_products_are_averaged_equally_or_by_a_metric(
     [
         kind.name
         for kind in OURS
-        if kind.name not in ("ffa", "fedsvd", "rolora") and not kind.declared.statistics
+        if kind.name not in ("ffa", "fedsvd", "rolora")
+        and not (kind.declared.statistics or kind.declared.noise)
     ],
 )
 def test_every_strategy_of_ours_runs_as_one_of_flowers(name: str, local_grid: Grids) -> None:
@@ -292,6 +293,8 @@ def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
         MergeStrategy("best")
     with pytest.raises(ConfigError, match=r"strategy\.density=2"):
         MergeStrategy("ties", {"density": 2})
+    with pytest.raises(ConfigError, match="noise_aware: needs to know every hospital's noise"):
+        MergeStrategy("noise_aware")
     with pytest.raises(ConfigError, match="strategy=lines: needs gram statistics"):
         MergeStrategy("lines", {"of": "regmean"})
     for arrays in ({"conv.weight": torch.ones(2, 2)}, factors(0) | {"head.weight": torch.ones(2)}):
