@@ -29,6 +29,14 @@ from conf.commands import (
     LedgerCommand,
     ServerCommand,
 )
+from conf.experts import (
+    EXPERTS_HELP,
+    TRADEOFF_HELP,
+    TRANSFER_HELP,
+    ExpertsCommand,
+    TradeoffCommand,
+    TransferCommand,
+)
 from conf.load import ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 
@@ -184,6 +192,27 @@ def _audit(overrides: list[str], multirun: bool, console: Console) -> int:
     return 1 if result.problems else 0
 
 
+def _experts(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.command import run
+
+    run(load("experts", overrides, ExpertsCommand), console)
+    return 0
+
+
+def _tradeoff(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.tradeoff import run
+
+    run(load("tradeoff", overrides, TradeoffCommand), console)
+    return 0
+
+
+def _transfer(overrides: list[str], multirun: bool, console: Console) -> int:
+    from server.experts.transfer_command import run
+
+    run(load("transfer", overrides, TransferCommand), console)
+    return 0
+
+
 COMMANDS = {
     "simulate": Command(
         "many hospitals on this machine, end to end, with a report",
@@ -258,6 +287,9 @@ mergekit. OUT_DIR must be new; it gets the result and merge_report.json, or noth
   wardround evaluate adapter=release notes=fhir notes.path=export/ part=held_out""",
         _evaluate,
     ),
+    "experts": Command("merge experts by search over several tasks", EXPERTS_HELP, _experts),
+    "tradeoff": Command("clinical gain against forgetting, as a curve", TRADEOFF_HELP, _tradeoff),
+    "transfer": Command("what was learned, on another checkpoint", TRANSFER_HELP, _transfer),
     "ledger": Command(
         "what a hospital has spent, what a plan would cost, a statement to sign off",
         """Look into the privacy ledger that a site policy names. Nothing here spends anything.

@@ -32,8 +32,8 @@ def score_instructions(
     nats, tokens, right, pairs = 0.0, 0, 0, 0
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]
-        chosen = _answer_losses(model, tokenizer, [(r, r.output) for r in part], max_tokens)
-        rejected = _answer_losses(model, tokenizer, [(r, r.rejected) for r in part], max_tokens)
+        chosen = answer_losses(model, tokenizer, [(r, r.output) for r in part], max_tokens)
+        rejected = answer_losses(model, tokenizer, [(r, r.rejected) for r in part], max_tokens)
         for (good, n), (bad, m) in zip(chosen, rejected, strict=True):
             if n == 0 or m == 0:
                 continue
@@ -52,7 +52,7 @@ def score_instructions(
     }
 
 
-def _answer_losses(
+def answer_losses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[Instruction, str]],

@@ -1,0 +1,1 @@
+"""Beyond rounds: experts merged by search, trade-offs against forgetting, other checkpoints."""

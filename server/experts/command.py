@@ -1,0 +1,198 @@
+"""``wardround experts``: expert adapters and tasks in, one merged adapter and a table out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from adapters.adapter import Adapter
+from adapters.base_model import BaseModel, load_base
+from conf.experts import ExpertsCommand
+from conf.load import ConfigError
+from server.experts.inputs import distinct_names, load_adapter, weights_under
+from server.experts.interpolation import furthest, towards_base
+from server.experts.journal import Journal
+from server.experts.outcome import outcome, outcome_table
+from server.experts.search import Found, search
+from server.experts.space import Candidate, Space
+from server.experts.tasks import Task, read_tasks, scores_of
+from server.progress import stage_progress
+from server.run_folder import write_atomically
+from strategies.base import Draw
+from strategies.merging import Merge, merge
+from strategies.registry import create
+
+_BASE = "base"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An expert brought back towards the base: which proportion, and its scores by task."""
+
+    name: str
+    proportion: float
+    adapter: Adapter
+    scores: Mapping[str, float]
+
+
+def run(command: ExpertsCommand, console: Console) -> Merge:
+    """Choose, search, merge and write; prints the table.
+
+    Raises ConfigError, ModelError or MergeError with one line for a person.
+    """
+    if (command.out / "report.json").exists():
+        raise ConfigError(f"out={command.out}: holds a finished search; take another folder")
+    strategy = create(command.strategy.name, command.strategy.parameters)
+    space = Space.of(strategy, len(command.experts), command.search.keep)
+    names = distinct_names("experts", command.experts)
+    experts = {
+        name: load_adapter("experts", folder)
+        for name, folder in zip(names, command.experts, strict=True)
+    }
+    tasks = read_tasks("tasks", command.tasks, command.most)
+    test = read_tasks("test", command.test, command.most) or tasks
+    base = load_base(command.model)
+    bench = _Bench(command, base, tasks)
+    for expert in experts.values():
+        weights_under(base, expert)  # says at once which does not fit
+    journal = Journal(command.out / "search.jsonl", _what(command, base, experts, tasks))
+    with stage_progress(console) as progress:
+        bar = progress.add_task("experts towards the base", total=len(experts))
+        chosen = []
+        for name, expert in experts.items():
+            chosen.append(_choose(name, expert, bench, journal))
+            progress.advance(bar)
+        bar = progress.add_task("search", total=command.search.evaluations)
+        found = search(
+            space,
+            lambda candidate: bench.scores(bench.merged(candidate, chosen).adapter),
+            command.search.evaluations,
+            command.seed,
+            journal,
+            lambda done, total, best: progress.update(
+                bar, completed=done, description=f"search, best mean score {best:.4f}"
+            ),
+        )
+        merged = bench.merged(found.candidate, chosen)
+        models = {_BASE: None, **{_label(c): c.adapter for c in chosen}, "merged": merged.adapter}
+        bar = progress.add_task("table", total=len(models))
+        rows = {}
+        for name, adapter in models.items():
+            rows[name] = scores_of(base, adapter, test, command.max_tokens)
+            progress.advance(bar)
+    merged.adapter.save(command.out / "adapter", base.public_name)
+    record = _report(command, base, chosen, found, merged, rows)
+    write_atomically(command.out / "report.json", json.dumps(record, indent=2) + "\n")
+    title = "score: minus bits per character" + (
+        "" if command.test else ", on the very texts the search has chosen by"
+    )
+    console.print(outcome_table(title, rows, _BASE))
+    console.print(f"merged adapter: [bold]{escape(str(command.out / 'adapter'))}[/bold]")
+    return merged
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where candidates are merged and scored."""
+
+    command: ExpertsCommand
+    base: BaseModel
+    tasks: tuple[Task, ...]
+
+    def scores(self, adapter: Adapter) -> dict[str, float]:
+        return scores_of(self.base, adapter, self.tasks, self.command.max_tokens)
+
+    def merged(self, candidate: Candidate, chosen: list[Chosen]) -> Merge:
+        adapters = [one.adapter for one in chosen]
+        strategy = create(self.command.strategy.name, candidate.parameters)
+        narrowest = min(min(layer.shape) for layer in adapters[0].layers.values())
+        rank = self.command.rank or sum(adapter.spec.rank for adapter in adapters)
+        draw = Draw(f"experts {self.command.seed}")
+        return merge(strategy, adapters, candidate.weights, draw, min(rank, narrowest))
+
+
+def _choose(name: str, expert: Adapter, bench: _Bench, journal: Journal) -> Chosen:
+    """The proportion of the best mean score; the smaller one of equals."""
+    known = {
+        record["proportion"]: record["scores"]
+        for record in journal.of("interpolation")
+        if record["expert"] == name
+    }
+    for proportion in bench.command.proportions:
+        if proportion not in known:
+            known[proportion] = bench.scores(towards_base(expert, proportion))
+            journal.append(
+                {
+                    "kind": "interpolation", "expert": name, "proportion": proportion,
+                    "scores": known[proportion],
+                }
+            )  # fmt: skip
+    best = max(sorted(known), key=lambda proportion: sum(known[proportion].values()))
+    return Chosen(name, best, towards_base(expert, best), known[best])
+
+
+def _label(chosen: Chosen) -> str:
+    return f"{chosen.name} at {chosen.proportion:.0%}"
+
+
+def _what(
+    command: ExpertsCommand,
+    base: BaseModel,
+    experts: Mapping[str, Adapter],
+    tasks: tuple[Task, ...],
+) -> dict[str, Any]:
+    """What a search is about: all that its scores and its course depend on."""
+    return {
+        "what": "wardround experts",
+        "model": base.fingerprint,
+        "experts": {name: [a.fingerprint(), a.spec.scale] for name, a in experts.items()},
+        "tasks": {task.name: task.digest for task in tasks},
+        "strategy": command.strategy.model_dump(mode="json"),
+        "keep": command.search.keep,
+        "proportions": command.proportions,
+        "seed": command.seed,
+        "rank": command.rank,
+        "max_tokens": command.max_tokens,
+    }
+
+
+def _report(
+    command: ExpertsCommand,
+    base: BaseModel,
+    chosen: list[Chosen],
+    found: Found,
+    merged: Merge,
+    rows: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """``report.json``: what was chosen, what came of it, and on which texts that was measured."""
+    outcomes = {name: asdict(outcome(rows[_BASE], scores)) for name, scores in rows.items()}
+    return {
+        "strategy": command.strategy.name,
+        "parameters": dict(found.candidate.parameters),
+        "weights": dict(zip((c.name for c in chosen), found.candidate.weights, strict=True)),
+        "proportions": {c.name: c.proportion for c in chosen},
+        "slerp": {c.name: _slerp(base, command, c) for c in chosen},
+        "evaluations": found.evaluations,
+        "objective": found.objective,
+        "rank": merged.adapter.spec.rank,
+        "kept_energy": merged.kept_energy,
+        "mean_cosine": merged.mean_cosine,
+        "norm_ratio": merged.norm_ratio,
+        "measured_on": "test" if command.test else "tasks",
+        "scores": rows,
+        "outcomes": outcomes,
+    }
+
+
+def _slerp(base: BaseModel, command: ExpertsCommand, chosen: Chosen) -> dict[str, float] | None:
+    """How far SLERP of full weights would have been from what was done, at worst over layers."""
+    if command.model.precision == "nf4":
+        return None
+    whole = towards_base(chosen.adapter, 1 / chosen.proportion)
+    arc = furthest(weights_under(base, whole), whole, chosen.proportion)
+    return {"angle": arc.angle, "departure": arc.departure}
