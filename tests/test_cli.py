@@ -19,7 +19,10 @@ import wardround
 from conf.load import groups
 from server.run_folder import RunFolder
 
-ALL = ["simulate", "server", "client", "align", "merge", "evaluate", "ledger", "audit"]
+ALL = [
+    "simulate", "server", "client", "align", "merge", "evaluate", "experts", "tradeoff",
+    "transfer", "ledger", "audit",
+]  # fmt: skip
 
 
 def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
@@ -83,12 +86,14 @@ def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
         LedgerCommand,
         ServerCommand,
     )
+    from conf.experts import ExpertsCommand, TradeoffCommand, TransferCommand
     from conf.load import load, sweep
     from conf.schema import RunSettings
 
     kinds = {
         "simulate": RunSettings, "server": ServerCommand, "client": ClientCommand,
         "align": AlignCommand, "evaluate": EvaluateCommand,
+        "experts": ExpertsCommand, "tradeoff": TradeoffCommand, "transfer": TransferCommand,
         "ledger": LedgerCommand, "audit": AuditCommand,
     }  # fmt: skip
     checked = 0
@@ -103,7 +108,7 @@ def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
             for job in sweep(options) if "--multirun" in words else [options]:
                 load(name, job, kinds[name])  # type: ignore[arg-type]
                 checked += 1
-    assert checked >= 12
+    assert checked >= 18
 
 
 def test_the_help_of_simulate_lists_every_choice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,10 +88,9 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
     merged.adapter.save(command.out / "adapter", base.public_name)
     record = _report(command, base, chosen, found, merged, rows)
     write_atomically(command.out / "report.json", json.dumps(record, indent=2) + "\n")
-    title = "score: minus bits per character" + (
-        "" if command.test else ", on the very texts the search has chosen by"
-    )
-    console.print(outcome_table(title, rows, _BASE))
+    console.print(outcome_table("score: minus bits per character", rows, _BASE))
+    if not command.test:
+        console.print("on the texts that were chosen by: better than on new ones; give test=[...]")
     console.print(f"merged adapter: [bold]{escape(str(command.out / 'adapter'))}[/bold]")
     return merged
 

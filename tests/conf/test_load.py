@@ -17,6 +17,7 @@ from conf.commands import (
     LedgerCommand,
     ServerCommand,
 )
+from conf.experts import ExpertsCommand, TradeoffCommand, TransferCommand
 from conf.load import FOLDER, ConfigError, groups, load, sweep
 from conf.schema import RunSettings
 from wardround import COMMANDS
@@ -27,12 +28,18 @@ KINDS: dict[str, type[BaseModel]] = {
     "client": ClientCommand,
     "align": AlignCommand,
     "evaluate": EvaluateCommand,
+    "experts": ExpertsCommand,
+    "tradeoff": TradeoffCommand,
+    "transfer": TransferCommand,
     "ledger": LedgerCommand,
     "audit": AuditCommand,
 }
 NEEDED = {  # what a command, or a choice, cannot do without
     "align": ["adapter=merged", "out=aligned"],
     "evaluate": ["adapter=merged", "notes.path=export"],
+    "experts": ["experts=[a,b]", "tasks=[a.jsonl]", "out=merged"],
+    "tradeoff": ["adapter=merged", "clinical=[a.jsonl]", "general=[b.jsonl]", "out=curve"],
+    "transfer": ["adapter=merged", "base=old", "target=new", "out=moved"],
     "model=path": ["model.path=folder"],
     **{f"notes={s}": ["notes.path=file"] for s in ("csv", "fhir", "jsonl", "parquet", "text")},
 }
@@ -67,7 +74,7 @@ def test_every_command_has_its_file_and_every_file_its_command() -> None:
     assert files == set(COMMANDS) == set(KINDS)
 
 
-@pytest.mark.parametrize("command", ["simulate", "server", "client", "align", "evaluate", "ledger"])
+@pytest.mark.parametrize("command", sorted(KINDS))
 def test_the_defaults_of_every_command_are_valid(command: str) -> None:
     assert isinstance(compose(command), KINDS[command])
 

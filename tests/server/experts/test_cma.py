@@ -34,9 +34,7 @@ def rotated(x: Vector) -> float:
 
 @pytest.mark.parametrize("loss", [ellipsoid, rotated])
 @pytest.mark.parametrize("n", [1, 2, 6])
-def test_it_converges_whatever_the_scales_and_axes(
-    loss: Callable[[Vector], float], n: int
-) -> None:
+def test_it_converges_whatever_the_scales_and_axes(loss: Callable[[Vector], float], n: int) -> None:
     assert minimise(loss, n, 250)[0] < 1e-6
 
 

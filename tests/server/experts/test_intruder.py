@@ -49,9 +49,7 @@ def test_cosines_are_those_of_two_dense_svds(shape: tuple[int, int], size: float
     seed=st.integers(0, 999),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_the_count_is_that_of_dense_svds(
-    m: int, n: int, rank: int, size: float, seed: int
-) -> None:
+def test_the_count_is_that_of_dense_svds(m: int, n: int, rank: int, size: float, seed: int) -> None:
     weight, delta = layer(m, n, min(rank, m, n), size, seed)
     for at, count in zip(POINTS, count_intruders(weight, delta, POINTS), strict=True):
         closest = naive(weight, delta, at)

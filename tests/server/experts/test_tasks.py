@@ -17,7 +17,7 @@ from conf.load import ConfigError
 from server.experts.tasks import read_tasks, scores_of, task_score
 
 
-def test_a_file_of_texts_is_scored_as_wherever_else(base: BaseModel, task_files: list[Path]) -> None:
+def test_a_file_of_texts_is_scored_as_elsewhere(base: BaseModel, task_files: list[Path]) -> None:
     ward, _ = read_tasks("tasks", task_files, None)
     assert (ward.name, len(ward.texts)) == ("ward", 4)
     assert task_score(base, ward, 64) == score_texts(base.model, base.tokenizer, ward.texts, 64)

@@ -1,0 +1,173 @@
+"""``wardround experts``: adapter folders and task files in, a merged adapter and a table out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from adapters.adapter import Adapter
+from adapters.base_model import BaseModel
+from conf.experts import ExpertsCommand
+from conf.load import ConfigError, load
+from server.experts import command as module
+from server.experts.command import run
+from server.experts.tasks import read_tasks, scores_of
+from strategies.merging import merge
+from strategies.registry import create
+
+QUIET = Console(quiet=True)
+Make = Callable[..., ExpertsCommand]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: Path, experts: list[Path], task_files: list[Path]) -> Make:
+    """The command as typed, with the given options added."""
+
+    def command(*options: str) -> ExpertsCommand:
+        def listed(paths: list[Path]) -> str:
+            return f"[{','.join(map(str, paths))}]"
+
+        base = [
+            f"experts={listed(experts)}", f"tasks={listed(task_files)}", f"out={tmp_path / 'out'}",
+            "model=path", f"model.path={tiny_model}", "search.evaluations=8", "max_tokens=128",
+        ]  # fmt: skip
+        return load("experts", [*base, *options], ExpertsCommand)
+
+    return command
+
+
+def test_the_result_is_the_best_of_what_was_tried(
+    make: Make, tmp_path: Path, base: BaseModel, task_files: list[Path]
+) -> None:
+    command = make("strategy=ties", "proportions=[0.25,1]")
+    merged = run(command, QUIET)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    lines = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()][1:]
+    tried = [line for line in lines if line["kind"] == "interpolation"]
+    evaluated = [line for line in lines if line["kind"] == "evaluation"]
+    assert (len(tried), len(evaluated), report["evaluations"]) == (6, 8, 8)
+    for name, proportion in report["proportions"].items():
+        own = {t["proportion"]: sum(t["scores"].values()) for t in tried if t["expert"] == name}
+        assert own[proportion] == max(own.values())
+    means = [sum(line["scores"].values()) / 2 for line in evaluated]
+    assert report["objective"] == pytest.approx(max(means))
+    saved = Adapter.load(out / "adapter")
+    assert saved.fingerprint() == merged.adapter.fingerprint()
+    assert saved.spec.rank == 2 + 3 + 2
+    scores = scores_of(base, saved, read_tasks("tasks", task_files, None), 128)
+    assert scores == pytest.approx(report["scores"]["merged"])
+    assert list(report["outcomes"]) == list(report["scores"])
+
+
+def test_it_is_the_merge_of_the_experts_brought_back(
+    make: Make, tmp_path: Path, experts: list[Path]
+) -> None:
+    """With nothing to search and one proportion it is a plain merge, and exact at full rank."""
+    run(make("strategy=product_mean", "search.evaluations=1", "proportions=[0.5]"), QUIET)
+    folders = [Adapter.load(folder) for folder in experts]
+    expected = merge(create("product_mean"), folders, [1 / 3] * 3, rank=7).adapter
+    found = Adapter.load(tmp_path / "out" / "adapter")
+    for name, delta in expected.deltas().items():
+        assert (found.deltas()[name] - delta * 0.5).norm() < 1e-6 * delta.norm()
+
+
+def test_stopped_anywhere_it_goes_on_and_ends_the_same(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make(), QUIET)
+    real = module.scores_of
+    for stop in (2, 11):  # while choosing proportions; while searching
+        left = stop
+
+        def stopping(*arguments: Any) -> dict[str, float]:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        out = tmp_path / f"stopped-{stop}"
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "scores_of", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                run(make(f"out={out}"), QUIET)
+        run(make(f"out={out}"), QUIET)
+        for file in ("search.jsonl", "report.json"):
+            assert (out / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+
+def test_the_table_can_be_about_other_texts_than_the_search(
+    make: Make, tmp_path: Path, task_files: list[Path]
+) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"text": "another ward, another day"}\n')
+    shown = Console(record=True, width=150)
+    run(make(f"test=[{test}]"), shown)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["measured_on"] == "test"
+    assert set(report["scores"]["merged"]) == {"test"}
+    text = shown.export_text()
+    assert "expert-2/adapter at " in text
+    assert "chosen by" not in text
+    shown = Console(record=True, width=150)
+    run(make(f"out={tmp_path / 'other'}"), shown)
+    assert "on the texts that were chosen by: better than on new ones" in shown.export_text()
+
+
+def test_no_path_and_no_text_is_in_what_is_written(
+    make: Make, tmp_path: Path, task_files: list[Path]
+) -> None:
+    run(make(), QUIET)
+    for file in ("search.jsonl", "report.json", "adapter/adapter_config.json"):
+        content = (tmp_path / "out" / file).read_text()
+        assert str(tmp_path) not in content
+        assert "patient" not in content
+        assert "sodium" not in content
+
+
+def test_a_finished_search_is_not_overwritten_nor_another_one_mixed_in(
+    make: Make, tmp_path: Path
+) -> None:
+    run(make(), QUIET)
+    before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()}
+    with pytest.raises(ConfigError, match="holds a finished search; take another folder"):
+        run(make(), QUIET)
+    (tmp_path / "out" / "report.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds other work \(another seed\)"):
+        run(make("seed=7"), QUIET)
+    assert all(f.read_bytes() == data for f, data in before.items() if f.exists())
+
+
+def test_what_cannot_be_merged_is_said_in_one_line(
+    make: Make, tmp_path: Path, experts: list[Path], tiny_model: Path
+) -> None:
+    other = tmp_path / "other"
+    Adapter.load(experts[0]).save(other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    for options, said in (
+        ([f"experts=[{tmp_path}]"], "experts=.*not a LoRA folder"),
+        ([f"experts=[{other}]"], "use_dora is not supported"),
+        ([f"experts=[{experts[0]},{experts[0]}]"], "is named twice"),
+        (["search.keep=[gamma]"], "search.keep: gamma is not searched"),
+        (["strategy=ties", "strategy.density=2"], "strategy.density=2: input should be less"),
+        ([f"tasks=[{tmp_path / 'no.jsonl'}]"], "no.jsonl: cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=said) as found:
+            run(make(*options), QUIET)
+        assert "\n" not in str(found.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_is_refused_before_anything_is_scored(
+    make: Make, tmp_path: Path, wide_model: Path
+) -> None:
+    with pytest.raises(ConfigError, match="an adapter does not fit wide-llama: shape of"):
+        run(make(f"model.path={wide_model}"), QUIET)
+    assert not (tmp_path / "out").exists()
