@@ -5,12 +5,15 @@ the angle between the two as vectors,
 
     slerp(t) = (sin((1 - t) theta) W0 + sin(t theta) W1) / sin(theta) = c0 W0 + c1 dW.
 
-c0 is not 1, so this is no low-rank update of W0: it also lengthens W0 itself. How much that is
-follows from the angle: the distance to the line W0 + t dW, relative to t dW, is about
-(1 - t) theta / 2 where dW is orthogonal to W0. Mergekit, which MediPhi used, takes the line itself
-wherever cos(theta) > 0.9995, that is theta < 0.0316: for updates up to 3.2 % of their weight, as
-those of LoRA are, its SLERP *is* t dW. So t dW is what is done here: exact, and still an adapter.
-``arc`` says what SLERP would have given, and ``Arc.departure`` how far that is from the line.
+What is done here is the line, W0 + t dW: exact, and still an adapter. SLERP is not: c0 > 1 makes
+W0 itself longer, a change of full rank that nobody trained. Its purpose, that norms do not shrink
+on the way, is met by the line as well, since an update is nearly orthogonal to its weight.
+
+How far apart the two are follows from the angle: relative to t dW about (1 - t) theta / 2. What
+MediPhi used, mergekit, takes the line itself wherever cos(theta) > 0.9995, theta < 0.0316: for
+updates up to 3.2 % of their weight the two are the same. Beyond that ``arc`` gives the coefficients
+of SLERP and ``Arc.departure`` the distance; adapters trained under much noise can be tens of per
+cent of their weight, and then it is as large as a fifth of the update.
 """
 
 from __future__ import annotations
