@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LEDGER_HELP = """Look into the privacy ledger that a site policy names. Nothing here spends anything.
+LEDGER_HELP = """Look into the privacy ledger that a site policy names. Nothing here is spent.
 
   wardround ledger show site=site.yaml                   every charge, and totals by data lineage
   wardround ledger show site=site.yaml figure=spent.svg  and epsilon over time, as a picture
@@ -15,9 +15,9 @@ LEDGER_HELP = """Look into the privacy ledger that a site policy names. Nothing 
                                                          signed, for an ethics board
   wardround ledger check file=statement.json             for the board: nothing else is needed"""
 
-AUDIT_HELP = """Audit the private training on this machine, with simulated patients. Nothing is spent of
-any real budget. It writes audit.json and audit.html, and ends with code 1 when a promise is broken
-or a check is blind.
+AUDIT_HELP = """Audit the private training on this machine, with simulated patients. Nothing is
+spent of any real budget. It writes audit.json and audit.html, and ends with code 1 when a promise
+is broken or a check is blind.
 
   white box     400 canaries with a known gradient through the engine's own clipping, sum, noise and
                 division, on the first 2 blocks of the model; six checks, for the installed engine
