@@ -21,7 +21,7 @@ def names(strategy: str, **parameters: object) -> set[str]:
 def test_what_is_searched_follows_from_the_fields() -> None:
     assert names("product_mean") == set()
     assert names("task_arithmetic") == {"strength"}
-    assert names("ties") == {"density", "scope", "election", "strength"}
+    assert names("ties") == {"density", "scope", "election", "agreeing", "strength"}
     assert names("breadcrumbs") == {"density", "outliers", "elect", "strength"}
     assert names("krum") == {"scope"}  # its counts have no upper bound
     assert names("lines", of="ties") == {"first", "last"} | {
@@ -87,7 +87,7 @@ def test_choices_and_counts_cover_all_they_have() -> None:
 
 
 def test_what_is_kept_is_not_searched() -> None:
-    space = Space.of(create("ties", {"density": 0.3}), 2, ["weights", "density"])
+    space = Space.of(create("ties", {"density": 0.3}), 2, ["weights", "density", "agreeing"])
     assert {d.name for d in space.dimensions} == {"scope", "election", "strength"}
     candidate = space.candidate(np.zeros(3))
     assert candidate is not None
