@@ -22,7 +22,7 @@ def test_what_is_searched_follows_from_the_fields() -> None:
     assert names("product_mean") == set()
     assert names("task_arithmetic") == {"strength"}
     assert names("ties") == {"density", "scope", "election", "agreeing", "strength"}
-    assert names("breadcrumbs") == {"density", "outliers", "elect", "strength"}
+    assert names("breadcrumbs") == {"density", "outliers", "elect", "agreeing", "strength"}
     assert names("krum") == {"scope"}  # its counts have no upper bound
     assert names("lines", of="ties") == {"first", "last"} | {
         f"parameters.{name}" for name in names("ties")
@@ -93,5 +93,7 @@ def test_what_is_kept_is_not_searched() -> None:
     assert candidate is not None
     assert candidate.parameters["density"] == 0.3
     assert candidate.weights == (0.5, 0.5)
-    with pytest.raises(ConfigError, match=r"search.keep: gamma is not searched; choose of density"):
+    with pytest.raises(
+        ConfigError, match=r"search.keep: gamma is not searched; choose of agreeing"
+    ):
         Space.of(create("ties"), 2, ["gamma"])
