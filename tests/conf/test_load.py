@@ -71,7 +71,7 @@ def complaint(command: str, *overrides: str) -> str:
 
 def test_every_command_has_its_file_and_every_file_its_command() -> None:
     files = {file.stem for file in FOLDER.glob("*.yaml")} - {"site.example"}
-    assert files == set(COMMANDS) == set(KINDS)
+    assert files == set(COMMANDS) - {"merge"} == set(KINDS)  # whose options are its recipe's
 
 
 @pytest.mark.parametrize("command", sorted(KINDS))

@@ -84,7 +84,7 @@ def test_a_larger_budget_goes_on_from_a_smaller_one(space: Space, tmp_path: Path
 
 
 def test_equal_candidates_are_evaluated_once(tmp_path: Path) -> None:
-    space = Space.of(create("ties"), 2, keep=["weights", "density", "strength"])
+    space = Space.of(create("ties"), 2, keep=["weights", "density", "strength", "agreeing"])
     seen: list[str] = []
 
     def evaluate(candidate: Candidate) -> dict[str, float]:

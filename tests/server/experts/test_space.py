@@ -21,8 +21,8 @@ def names(strategy: str, **parameters: object) -> set[str]:
 def test_what_is_searched_follows_from_the_fields() -> None:
     assert names("product_mean") == set()
     assert names("task_arithmetic") == {"strength"}
-    assert names("ties") == {"density", "scope", "election", "strength"}
-    assert names("breadcrumbs") == {"density", "outliers", "elect", "strength"}
+    assert names("ties") == {"density", "scope", "election", "agreeing", "strength"}
+    assert names("breadcrumbs") == {"density", "outliers", "elect", "agreeing", "strength"}
     assert names("krum") == {"scope"}  # its counts have no upper bound
     assert names("lines", of="ties") == {"first", "last"} | {
         f"parameters.{name}" for name in names("ties")
@@ -87,11 +87,13 @@ def test_choices_and_counts_cover_all_they_have() -> None:
 
 
 def test_what_is_kept_is_not_searched() -> None:
-    space = Space.of(create("ties", {"density": 0.3}), 2, ["weights", "density"])
+    space = Space.of(create("ties", {"density": 0.3}), 2, ["weights", "density", "agreeing"])
     assert {d.name for d in space.dimensions} == {"scope", "election", "strength"}
     candidate = space.candidate(np.zeros(3))
     assert candidate is not None
     assert candidate.parameters["density"] == 0.3
     assert candidate.weights == (0.5, 0.5)
-    with pytest.raises(ConfigError, match=r"search.keep: gamma is not searched; choose of density"):
+    with pytest.raises(
+        ConfigError, match=r"search.keep: gamma is not searched; choose of agreeing"
+    ):
         Space.of(create("ties"), 2, ["gamma"])
