@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
-from adapters.lowrank import LowRank, gram, svd
-from strategies.base import (
-    Draw,
-    MergeError,
-    Strategy,
-    Update,
-    deltas,
-    factor_means,
-)
-from strategies.inner_products import cosines
+from adapters.lowrank import LowRank, svd
+from strategies.base import Draw, MergeError, Strategy, Update
+from strategies.figures import Figures
 
 
 @dataclass(frozen=True)
@@ -51,42 +44,34 @@ def merge(
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
     ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's.
+    ``adapters`` are gone through one at a time, more than once, and may be loaded each time.
     Raises MergeError when the adapters do not fit each other or the strategy.
     """
-    _check(adapters, weights)
-    first = adapters[0].spec
+    if not adapters:
+        raise MergeError("no adapter to merge")
+    if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
+        raise MergeError("weights must be positive, one for each adapter, and sum to one")
+    figures = Figures.of(adapters, weights, strategy.declared.exact)
+    first = figures.first
     spec = first if rank is None else AdapterSpec(rank, float(rank), first.targets)
-    combined = strategy.combine(adapters, weights, draw or Draw())
+    combined = dict(strategy.combine(adapters, weights, draw or Draw()))
     layers, kept, squared = {}, 1.0, 0.0
-    for name, update in combined.items():
+    for name in list(combined):
+        update = combined.pop(name)  # a dense one takes much memory
+        figures.compare(name, update)
         layers[name], share, norm = _of_rank(update, spec.rank)
         kept, squared = min(kept, share), squared + norm**2
     merged = Adapter.from_deltas(layers, spec)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
-    updates = deltas(adapters)
-    products = torch.stack([gram(parts) for parts in updates.values()]).sum(0)
-    w = torch.tensor(list(weights), dtype=torch.float64)
-    size = math.sqrt(max(0.0, float(w @ products @ w)))  # of the exact mean
+    size = figures.size
     return Merge(
         merged,
-        _discrepancy(adapters, updates, weights, size),
+        figures.discrepancy,
         kept,
-        _mean_cosine(products),
+        figures.take_mean_cosine(),
         math.sqrt(squared) / size if size else 1.0,
     )
-
-
-def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
-    if not adapters:
-        raise MergeError("no adapter to merge")
-    if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
-        raise MergeError("weights must be positive, one for each adapter, and sum to one")
-    shapes = [{name: layer.shape for name, layer in a.layers.items()} for a in adapters]
-    if any(shape != shapes[0] for shape in shapes):
-        raise MergeError("adapters differ in layers or in the shapes of layers")
-    if not all(adapter.is_finite() for adapter in adapters):
-        raise MergeError("an adapter holds NaN or infinity")
 
 
 def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:
@@ -103,37 +88,3 @@ def _factors(dense: Tensor) -> LowRank:
     if m <= n:
         return LowRank(torch.eye(m, dtype=dense.dtype), dense)
     return LowRank(dense, torch.eye(n, dtype=dense.dtype))
-
-
-def _discrepancy(
-    adapters: Sequence[Adapter],
-    updates: Mapping[str, Sequence[LowRank]],
-    weights: Sequence[float],
-    size: float,
-) -> float | None:
-    """||mean(B) mean(A) - mean(B A)|| / ``size``, which is 0 wherever a factor is shared."""
-    try:
-        means = factor_means(adapters, weights)
-    except MergeError:
-        return None
-    squared = 0.0
-    for name, mean in means.items():
-        own = [adapter.layers[name] for adapter in adapters]
-        if _shared([x.A for x in own]) or _shared([x.B for x in own]):
-            continue
-        # Of a stack of the mean and all updates, one product of factors gives all inner products.
-        signs = torch.tensor([1.0, *(-w for w in weights)], dtype=torch.float64)
-        squared += max(0.0, float(signs @ gram([mean, *updates[name]]) @ signs))
-    return math.sqrt(squared) / size if size else 0.0
-
-
-def _shared(factors: Sequence[Tensor]) -> bool:
-    return all(factor.equal(factors[0]) for factor in factors[1:])
-
-
-def _mean_cosine(products: Tensor) -> float | None:
-    """Over all pairs of hospitals that learned anything, from the inner products (K, K)."""
-    learned = products.diagonal() > 0
-    found = cosines(products[learned][:, learned])
-    pairs = torch.ones_like(found).triu(1) > 0
-    return float(found[pairs].mean()) if pairs.any() else None
