@@ -11,80 +11,40 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import torch
-
 from adapters.adapter import Adapter, AdapterSpec
 from strategies.directions import norms
-from strategies.sums import (
-    FactorSums,
-    MergeError,
-    ProductMeans,
-    ProductSums,
-    Update,
-    Updates,
-    distance,
-    norm,
-)
+from strategies.sums import FactorSums, MergeError, ProductSums, Update, distance, norm
 
 
 class Figures:
-    """Figures of one merge: ``add`` every hospital, then ``compare`` every merged layer.
+    """Figures of one merge: from its hospitals, then from the exact mean of each layer."""
 
-    ``exact``: what is merged is the mean of the products, which then need not be formed twice.
-    """
-
-    def __init__(self, exact: bool) -> None:
-        self._spec: AdapterSpec | None = None
-        self._shapes: dict[str, tuple[int, int]] = {}
+    def __init__(self, adapters: Iterable[Adapter], weights: Iterable[float]) -> None:
+        """Check and count all hospitals. Raises MergeError when they do not fit each other."""
         self._factors: FactorSums | None = FactorSums()  # None: ranks or scales differ
-        self._products = None if exact else ProductMeans()
-        self._means: Updates | None = None
-        # Of unit vectors; six digits are enough for a cosine where the sum has become dense.
-        self._units, self._learned = ProductSums(torch.float32), 0
         self._squared = self._gap = 0.0
-
-    @classmethod
-    def of(cls, adapters: Iterable[Adapter], weights: Iterable[float], exact: bool) -> Figures:
-        """With all hospitals added."""
-        figures = cls(exact)
+        units, learned = ProductSums(), 0
+        spec, shapes = None, {}
         for adapter, weight in zip(adapters, weights, strict=True):
-            figures.add(adapter, weight)
-        return figures
+            own = {name: layer.shape for name, layer in adapter.layers.items()}
+            if spec is None:
+                spec, shapes = adapter.spec, own
+            if own != shapes:
+                raise MergeError("adapters differ in layers or in the shapes of layers")
+            if not adapter.is_finite():
+                raise MergeError("an adapter holds NaN or infinity")
+            self._add_factors(adapter, weight)
+            size = math.hypot(*norms(adapter, "layer").values())
+            if size > 0:
+                units.add(adapter, 1 / size)
+                learned += 1
+        if spec is None:
+            raise MergeError("no adapter to merge")
+        self.first: AdapterSpec = spec
+        self.mean_cosine = _mean_cosine(units, learned)
 
-    def add(self, adapter: Adapter, weight: float) -> None:
-        """Check and count one hospital. Raises MergeError when it does not fit the others."""
-        shapes = {name: layer.shape for name, layer in adapter.layers.items()}
-        if self._spec is None:
-            self._spec, self._shapes = adapter.spec, shapes
-        if shapes != self._shapes:
-            raise MergeError("adapters differ in layers or in the shapes of layers")
-        if not adapter.is_finite():
-            raise MergeError("an adapter holds NaN or infinity")
-        if self._factors is not None:
-            try:
-                self._factors.add(adapter, weight)
-            except MergeError:
-                self._factors = None
-        if self._products is not None:
-            self._products.add(adapter, weight)
-        size = math.hypot(*norms(adapter, "layer").values())
-        if size > 0:
-            self._units.add(adapter, 1 / size)
-            self._learned += 1
-
-    @property
-    def first(self) -> AdapterSpec:
-        """Rank, scale and targets of the first hospital's adapter."""
-        assert self._spec is not None, "nothing was added"
-        return self._spec
-
-    def compare(self, layer: str, merged: Update) -> None:
-        """Take note of one merged layer."""
-        mean = merged
-        if self._products is not None:
-            if self._means is None:
-                self._means = self._products.take()
-            mean = self._means.pop(layer)
+    def compare(self, layer: str, mean: Update) -> None:
+        """Take note of the exact mean of one layer."""
         self._squared += norm(mean) ** 2
         if self._factors is not None and not self._factors.shares(layer):
             self._gap += distance(mean, self._factors.mean(layer)) ** 2
@@ -101,10 +61,17 @@ class Figures:
             return None
         return math.sqrt(self._gap) / self.size if self.size else 0.0
 
-    def take_mean_cosine(self) -> float | None:
-        """See ``strategies.merging.Merge``; once, as the sum is given away."""
-        k = self._learned
-        if k < 2:
-            return None
-        squared = sum(norm(update) ** 2 for update in self._units.take().values())
-        return max(-1.0, min(1.0, (squared - k) / (k * (k - 1))))
+    def _add_factors(self, adapter: Adapter, weight: float) -> None:
+        if self._factors is not None:
+            try:
+                self._factors.add(adapter, weight)
+            except MergeError:
+                self._factors = None
+
+
+def _mean_cosine(units: ProductSums, count: int) -> float | None:
+    """From the sum of ``count`` unit vectors, each of which is a hospital's whole adapter."""
+    if count < 2:
+        return None
+    squared = sum(norm(update) ** 2 for update in units.take().values())
+    return max(-1.0, min(1.0, (squared - count) / (count * (count - 1))))

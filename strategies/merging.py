@@ -11,8 +11,9 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, svd
-from strategies.base import Draw, MergeError, Strategy, Update
+from strategies.base import Draw, MergeError, Strategy, Update, Updates
 from strategies.figures import Figures
+from strategies.sums import ProductMeans
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,38 @@ def merge(
         raise MergeError("no adapter to merge")
     if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
         raise MergeError("weights must be positive, one for each adapter, and sum to one")
-    figures = Figures.of(adapters, weights, strategy.declared.exact)
+    figures = Figures(adapters, weights)
     first = figures.first
     spec = first if rank is None else AdapterSpec(rank, float(rank), first.targets)
     combined = dict(strategy.combine(adapters, weights, draw or Draw()))
     layers, kept, squared = {}, 1.0, 0.0
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
-        figures.compare(name, update)
+        if strategy.declared.exact:
+            figures.compare(name, update)
         layers[name], share, norm = _of_rank(update, spec.rank)
         kept, squared = min(kept, share), squared + norm**2
     merged = Adapter.from_deltas(layers, spec)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
+    if not strategy.declared.exact:
+        for name, mean in _exact_means(adapters, weights).items():
+            figures.compare(name, mean)
     size = figures.size
     return Merge(
         merged,
         figures.discrepancy,
         kept,
-        figures.take_mean_cosine(),
+        figures.mean_cosine,
         math.sqrt(squared) / size if size else 1.0,
     )
+
+
+def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updates:
+    means = ProductMeans()
+    for adapter, weight in zip(adapters, weights, strict=True):
+        means.add(adapter, weight)
+    return means.take()
 
 
 def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:

@@ -1,8 +1,8 @@
 """Weighted sums over hospitals that are added one at a time, in memory that does not grow.
 
 ``FactorSums`` holds one B and one A a layer. ``ProductSums`` holds sum_k c_k dW_k: as stacked
-factors while these are smaller than the dense sum, as the dense (m, n) sum from then on. Nothing is
-ever cut off: the sum is exact up to float64 rounding, in at most 2 m n numbers a layer.
+factors while these are at most half as large as the dense sum, as the dense (m, n) sum from then on
+(whose SVD costs about as much). Nothing is ever cut off: the sum is exact up to float64 rounding.
 
 Weights need not sum to one; means divide by their total.
 """
@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
@@ -30,10 +29,9 @@ class MergeError(ValueError):
 
 
 class ProductSum:
-    """sum_k c_k dW_k of one layer; a dense sum is kept in ``dtype``."""
+    """sum_k c_k dW_k of one layer, float64."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._parts: list[LowRank] = []
         self._coefficients: list[float] = []
         self._dense: Tensor | None = None
@@ -44,7 +42,7 @@ class ProductSum:
             self._parts[-1], self._coefficients[-1] = both, 1.0
             return
         m, n = update.shape
-        room = m * n / (m + n)  # of columns, before the dense sum is the smaller one
+        room = m * n / (m + n) / 2  # columns of factors
         if self._dense is not None:
             room = min(room, _TOGETHER)
         if self._parts and sum(part.rank for part in self._parts) + update.rank > room:
@@ -74,7 +72,7 @@ class ProductSum:
     def _multiply_out(self) -> None:
         if not self._parts:
             return
-        total = weighted_sum(self._parts, self._coefficients).to(self._dtype)
+        total = weighted_sum(self._parts, self._coefficients)
         if self._dense is None:
             self._dense = total.dense()
         else:
@@ -85,15 +83,14 @@ class ProductSum:
 class ProductSums:
     """sum_k c_k dW_k of every layer, scales folded in; ranks may differ."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._layers: dict[str, ProductSum] = {}
 
     def add(self, adapter: Adapter, c: float | Mapping[str, float]) -> None:
         """Add ``c`` times the adapter's updates; ``c`` may be one number for each layer."""
         for name, layer in adapter.layers.items():
             own = c[name] if isinstance(c, Mapping) else c
-            total = self._layers.setdefault(name, ProductSum(self._dtype))
+            total = self._layers.setdefault(name, ProductSum())
             total.add(layer, own * adapter.spec.scale)
 
     def take(self, factor: float | Mapping[str, float] = 1.0) -> Updates:
@@ -187,7 +184,7 @@ class FactorSums:
 
 def norm(update: Update) -> float:
     """Frobenius norm."""
-    return update.norm() if isinstance(update, LowRank) else float(update.double().norm())
+    return update.norm() if isinstance(update, LowRank) else float(update.norm())
 
 
 def distance(one: Update, other: LowRank) -> float:

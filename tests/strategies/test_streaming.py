@@ -14,12 +14,11 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, gram
 from strategies.base import Draw, deltas, factor_means, product_means
-from strategies.figures import Figures
 from strategies.inner_products import cosines, norms
 from strategies.merging import merge
 from strategies.registry import OURS, create
 from strategies.streaming import Streaming
-from strategies.sums import ProductSum, ProductSums, Update
+from strategies.sums import ProductSum, ProductSums
 
 SHAPES = {"layers.0.q": (24, 20), "layers.1.v": (12, 20)}
 STREAMING = [kind.name for kind in OURS if kind.declared.streams]
@@ -204,21 +203,15 @@ def test_the_figures_are_those_of_all_pairs(count: int) -> None:
     mean, naive = dense(product_means(adapters, w)), dense(factor_means(adapters, w))
     for name in ("product_mean", "fedavg"):  # one is the exact mean, the other is not
         found = merge(create(name), adapters, w, rank=12)
-        assert found.mean_cosine == pytest.approx(float(cosine[pairs].mean()), abs=1e-6)
+        assert found.mean_cosine == pytest.approx(float(cosine[pairs].mean()), abs=1e-12)
         assert found.discrepancy == pytest.approx(gap(naive, mean), rel=1e-9)
     size = math.sqrt(sum(float(d.square().sum()) for d in mean.values()))
     ratio = math.sqrt(sum(float(d.square().sum()) for d in naive.values())) / size
     assert found.norm_ratio == pytest.approx(ratio, rel=1e-9)
 
 
-def test_one_hospital_has_no_cosine_and_nobody_learning_no_norm() -> None:
-    figures = Figures(exact=True)
-    figures.add(hospital(0, True), 1.0)
-    assert figures.take_mean_cosine() is None
-    nothing = LowRank(torch.zeros(24, 3, dtype=torch.float64), torch.zeros(3, 20))
-    figures.compare("layers.0.q", nothing)
-    assert figures.size == 0
-    assert figures.discrepancy == 0
+def test_one_hospital_has_no_cosine() -> None:
+    assert merge(create("ffa"), [hospital(0, True)], [1.0]).mean_cosine is None
 
 
 def test_a_merge_reads_any_sequence_that_loads_again() -> None:
@@ -229,14 +222,3 @@ def test_a_merge_reads_any_sequence_that_loads_again() -> None:
     one = merge(create("median"), Names(5, False), [0.2] * 5).adapter
     two = merge(create("median"), [hospital(k, False) for k in range(5)], [0.2] * 5).adapter
     assert one.fingerprint() == two.fingerprint()
-
-
-def test_a_dense_sum_in_single_precision_is_asked_for() -> None:
-    wide: dict[torch.dtype, Update] = {}
-    for dtype in (torch.float32, torch.float64):
-        total = ProductSum(dtype)
-        for k in range(40):
-            total.add(hospital(k, False).layers["layers.0.q"], 1.0)
-        wide[dtype] = total.take()
-    assert all(isinstance(d, Tensor) and d.dtype == kind for kind, d in wide.items())
-    assert 0 < gap({"": wide[torch.float32].double()}, {"": wide[torch.float64]}) < 1e-6  # type: ignore[union-attr, dict-item]
