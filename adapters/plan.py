@@ -18,6 +18,7 @@ from conf.schema import (
     PrivacySettings,
     Settings,
     TrainingSettings,
+    Wire,
 )
 
 
@@ -36,6 +37,7 @@ class TrainingPlan(Settings):
     privacy: PrivacySettings
     optimizer: OptimizerSettings
     upload: TrainedPart
+    wire: Wire = "float32"
 
     @model_validator(mode="after")
     def _round_is_planned(self) -> TrainingPlan:
@@ -82,4 +84,5 @@ def plan_round(settings: TrainingSettings, run: str, number: int, base_model: st
         privacy=settings.privacy,
         optimizer=settings.optimizer,
         upload=part_of_round(settings.adapter.train, number),
+        wire=settings.federation.wire,
     )

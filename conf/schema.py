@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 TrainedFactors = Literal["B", "A", "alternate", "both", "core"]
+Wire = Literal["float32", "float16", "int8"]
 
 
 class Settings(BaseModel):
@@ -101,6 +102,7 @@ class FederationSettings(Settings):
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     min_hospitals: Annotated[int, Field(ge=1)]
     timeout_s: Positive  # of one round
+    wire: Wire = "float32"  # of the trained factors on their way; what is frozen stays exact
 
 
 class StrategySettings(Settings):

@@ -8,13 +8,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
 from adapters.trained_part import joined
-from transport.wire import size_bytes
+from transport.wire import size_bytes, unpack_upload
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
@@ -70,9 +69,8 @@ def accept(
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        return LeftOut(site, "factors not float32")
     try:
+        tensors = unpack_upload(tensors, sent, plan)
         adapter = joined(sent, tensors, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))
