@@ -6,10 +6,10 @@ Error feedback: over any number of rounds the sum of what was sent differs from 
 changes by the last remainder alone, so rounding does not add up. Only what passed the gate goes in,
 so a remainder is post-processing of a private output and costs nothing.
 
-A remainder of B means left A as an update. Where the next round has another A' (FedSVD turns it), it
-goes on as left A A'+, with A'+ the pseudo-inverse: the same update, but for what lies outside the
-rows of A', which is dropped. A remainder of A likewise, B'+ B left; a core's stays as it is under
-its fixed frame. Where both factors are trained no product stands still, and nothing is carried.
+A remainder of B means left A as an update. Where the next round has another A' (FedSVD turns it),
+it goes on as left A A'+, with A'+ the pseudo-inverse: the same update, but for what lies outside
+the rows of A', which is dropped. A remainder of A likewise, B'+ B left; a core's stays as it is
+under its fixed frame. Where both factors are trained no product stands still, and nothing is carried.
 
 Remainders of one run lie beside the ledger, with those before the last task: the same task again,
 after whatever crash, is rounded as it was.
@@ -105,7 +105,8 @@ def _read(file: Path, plan: TrainingPlan, task: str) -> Remainders:
                 when = "after"
             else:
                 return {}
-            names = [k.split("/", 2)[2] for k in content.keys() if k.startswith(f"{when}/left/")]
+            start = f"{when}/left/"
+            names = [k.removeprefix(start) for k in content.keys() if k.startswith(start)]  # noqa: SIM118
             found = {
                 n: (
                     content.get_tensor(f"{when}/left/{n}"),

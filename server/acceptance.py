@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 
@@ -21,13 +22,22 @@ _MOST_FACTS = 20
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """A hospital's adapter for this round, and the facts it published."""
+class Answer:
+    """What a hospital published beside its adapter, and the bytes it sent."""
 
     site: str
-    adapter: Adapter
     facts: dict[str, Any]
     bytes_up: int
+
+
+@dataclass(frozen=True)
+class Accepted(Answer):
+    """The same, with its adapter for this round."""
+
+    adapter: Adapter
+
+
+A = TypeVar("A", bound=Answer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def accept(
         return LeftOut(site, "factors hold NaN or infinity")
     if any(tensor.abs().max() > _LARGEST for tensor in tensors.values()):
         return LeftOut(site, "factors impossibly large")
-    return Accepted(site, adapter, facts, size_bytes(content))
+    return Accepted(site, facts, size_bytes(content), adapter)
 
 
 def node_name(node_id: int) -> str:
@@ -101,11 +111,11 @@ def _plain(facts: object) -> bool:
 
 
 def one_reply_each(
-    outcomes: list[Accepted | LeftOut],
-) -> tuple[list[Accepted], dict[str, str]]:
+    outcomes: Sequence[A | LeftOut],
+) -> tuple[list[A], dict[str, str]]:
     """Accepted replies in site order, and who was left out; a name used twice counts for nobody."""
-    sites = [o.site for o in outcomes if isinstance(o, Accepted)]
+    sites = [o.site for o in outcomes if isinstance(o, Answer)]
     left_out = {o.site: o.reason for o in outcomes if isinstance(o, LeftOut)}
     left_out |= {s: "two hospitals under one name" for s in sites if sites.count(s) > 1}
-    accepted = [o for o in outcomes if isinstance(o, Accepted) and o.site not in left_out]
+    accepted = [o for o in outcomes if isinstance(o, Answer) and o.site not in left_out]
     return sorted(accepted, key=lambda o: o.site), left_out

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import yaml
 
@@ -91,9 +92,36 @@ class RunFolder:
         """Remove what an interrupted try at this round has left: it is no part of the round."""
         shutil.rmtree(self.adapter_folder(number).parent, ignore_errors=True)
 
+    def adapters(self, number: int, names: Sequence[str]) -> SavedAdapters:
+        """Those of round ``number`` by ``names``, loaded when they are asked for."""
+        return SavedAdapters([self.adapter_folder(number, name) for name in names])
+
+    def drop_adapter(self, number: int, name: str) -> None:
+        """Remove an adapter that does not count after all."""
+        shutil.rmtree(self.adapter_folder(number, name), ignore_errors=True)
+
     def global_adapter(self) -> Adapter:
         """The merged adapter of the last finished round (or the starting point)."""
         return Adapter.load(self.adapter_folder(len(self.finished_rounds())))
+
+
+class SavedAdapters(Sequence[Adapter]):
+    """Adapters on disk: each is loaded when it is asked for, and not kept."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+    @overload
+    def __getitem__(self, at: int) -> Adapter: ...
+    @overload
+    def __getitem__(self, at: slice) -> SavedAdapters: ...
+    def __getitem__(self, at: int | slice) -> Adapter | SavedAdapters:
+        if isinstance(at, slice):
+            return SavedAdapters(self._folders[at])
+        return Adapter.load(self._folders[at])
 
 
 def write_atomically(path: Path, text: str) -> None:

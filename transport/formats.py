@@ -5,7 +5,7 @@
 j counts the components of the rank: rows of A and of a core, columns of B. A component has a scale
 of its own because components differ in size by orders of magnitude; float16 has one too, because
 learned factors lie where float16 has few digits left (below 6e-5). Rounding is to the nearest, so
-an entry is off by at most half a step: scale_j / 2 for int8, |x| 2^-11 or scale_j 2^-25 for float16.
+an entry is off by half a step at most: scale_j / 2 for int8, |x| 2^-11 + scale_j 2^-25 for float16.
 
 What comes in is checked in every respect before it is used: names, types, shapes, scales.
 """

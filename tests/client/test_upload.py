@@ -225,5 +225,5 @@ def test_a_frozen_factor_arrives_exactly_and_less_travels(plan: MakePlan) -> Non
         down[wire] = size_bytes(content)
         up[wire] = size_bytes(pack_result(encode(to_travel(sent, "B", 3), asked.wire), {}))
     assert up["float16"] == pytest.approx(up["float32"] / 2, rel=0.02)
-    assert up["int8"] == pytest.approx(up["float32"] / 4, rel=0.03)
-    assert down["int8"] == pytest.approx(down["float32"] * 5 / 8, rel=0.02)
+    assert up["int8"] == pytest.approx(up["float32"] / 4, rel=0.05)
+    assert down["int8"] == pytest.approx(down["float32"] * 5 / 8, rel=0.03)
