@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -53,6 +54,8 @@ class Command:
     line: str
     text: str
     run: Callable[[list[str], bool, Console], int]
+    usage: str = "[key=value ...]"
+    options: str = "Options are key=value, as in the files under conf/, where each is explained."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +143,17 @@ def _align(overrides: list[str], multirun: bool, console: Console) -> int:
     return 0
 
 
+def _merge(words: list[str], multirun: bool, console: Console) -> int:
+    if len(words) != 2:
+        raise ConfigError("say what and where to: wardround merge FILE.yaml OUT_DIR")
+
+    from server.offline.command import run
+
+    folder = run(Path(words[0]), Path(words[1]), console)
+    console.print(f"merged: [bold]{escape(str(folder))}[/bold]")
+    return 0
+
+
 def _evaluate(overrides: list[str], multirun: bool, console: Console) -> int:
     from client.evaluation import run
 
@@ -214,6 +228,27 @@ adapter, the SFT update and the DPO update, as a PEFT folder.
   wardround align adapter=runs/first/adapters/round-002/global out=aligned alignment.path=FOLDER
   (FOLDER holds mediflow*.jsonl and mediflow_dpo*.jsonl; without it the hub is asked)""",
         _align,
+    ),
+    "merge": Command(
+        "merge adapters or whole models that lie in folders, as a recipe says",
+        """Merge PEFT adapter folders, or models of one architecture, by a YAML file like those of
+mergekit. OUT_DIR must be new; it gets the result and merge_report.json, or nothing.
+
+  wardround merge recipe.yaml merged
+
+  merge_method: ties            linear, slerp, karcher, task_arithmetic, dare_ties, tsv_m, ...
+  models:
+    - model: experts/cardiology
+      parameters: {weight: 0.6}
+    - model: experts/oncology
+      parameters: {weight: 0.4}
+  parameters: {density: 0.3}    also rank: of the merged adapter; without it nothing is lost
+  base_model: models/base       whole models: what they were tuned from; adapters: see output
+  output: both                  adapter | model | both: fold the merged adapter into base_model
+  dtype: bfloat16               of what is saved; sums are float64""",
+        _merge,
+        usage="FILE.yaml OUT_DIR",
+        options="Methods, parameters, and where they differ from mergekit: docs/offline-merging.md",
     ),
     "evaluate": Command(
         "score an adapter on your own notes, on your own machine",
@@ -290,13 +325,13 @@ def _parser() -> argparse.ArgumentParser:
         for name, values in groups().items()
     )  # fmt: skip
     for name, command in COMMANDS.items():
-        epilog = "Options are key=value, as in the files under conf/, where each is explained."
+        epilog = command.options
         if name == "simulate":
             epilog += f"\n\ngroups:\n{choices}"
         one = commands.add_parser(
             name,
             formatter_class=plain,
-            usage=f"wardround {name} [key=value ...]",
+            usage=f"wardround {name} {command.usage}",
             description=command.text,
             epilog=epilog,
         )
@@ -322,11 +357,12 @@ def _expected() -> tuple[type[Exception], ...]:
     from server.daemon import DaemonError
     from server.rounds import RoundFailed
     from simulation.cohort import SimulationError
+    from strategies.base import MergeError
 
     return (
         ModelError, ClientDaemonError, NodeKeyError, NotesError, SiteError, InstructionsError,
         CertificateError, DaemonError, RoundFailed, SimulationError, LedgerError,
-        UnsupportedAdapter, Refusal,
+        UnsupportedAdapter, Refusal, MergeError,
         OSError,  # a disk that is full, a folder that may not be written
     )  # fmt: skip
 

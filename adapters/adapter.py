@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,34 +20,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.chosen_layers import chosen_layers
 from adapters.lowrank import LowRank, stack
-from conf.schema import AdapterSettings
+from conf.schema import AdapterSettings, Layers
 
 _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Rank, alpha and target modules of an adapter; the factor scale is alpha / rank."""
+    """Rank, alpha, target modules and layers of an adapter; the factor scale is alpha / rank.
+
+    ``targets`` are names such as ``q_proj``, or whole paths of modules; ``layers`` chooses blocks
+    of the base model (see ``adapters.chosen_layers``).
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    layers: Layers = None
 
     @classmethod
     def of(cls, settings: AdapterSettings) -> AdapterSpec:
         """The shape that settings ask for; rsLoRA becomes the alpha that gives the same scale."""
         alpha = settings.alpha * (settings.rank**0.5 if settings.rslora else 1)
-        return cls(settings.rank, alpha, settings.targets)
+        return cls(settings.rank, alpha, settings.targets, settings.layers)
 
     @property
     def scale(self) -> float:
         """Factor by which B A is multiplied before it is added to the base weight."""
         return self.alpha / self.rank
 
-    def peft_config(self, base_model: str = "") -> LoraConfig:
-        """The equivalent PEFT configuration for a causal language model."""
+    def peft_config(self, base_model: str = "", depth: int | None = None) -> LoraConfig:
+        """The equivalent PEFT configuration for a causal language model of ``depth`` blocks.
+
+        Raises ValueError when the layers chosen are not among them; without ``depth`` only an
+        adapter in all layers has one.
+        """
+        if self.layers is not None and depth is None:
+            raise ValueError("which layers are chosen depends on the base model")
+        chosen = None if self.layers is None else chosen_layers(self.layers, depth or 0)
         return LoraConfig(
+            layers_to_transform=None if chosen is None else list(chosen),
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides, a float is right
             target_modules=list(self.targets),
@@ -111,6 +125,21 @@ class Adapter:
                 raise ValueError(f"{name}: rank {layers[name].rank}, expected {spec.rank}")
         return Adapter(spec, layers)
 
+    def only(self, layers: Collection[str]) -> Adapter:
+        """The part of the adapter that lies in the given layers; itself where that is all."""
+        if self.layers.keys() <= set(layers):
+            return self
+        return Adapter(self.spec, {n: x for n, x in self.layers.items() if n in layers})
+
+    def updated(self, part: Adapter) -> Adapter:
+        """This adapter with the layers of ``part`` in place of its own."""
+        return Adapter(self.spec, {**self.layers, **part.layers})
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What PEFT must adapt to load it: the target names, or in chosen layers every path."""
+        return self.spec.targets if self.spec.layers is None else tuple(sorted(self.layers))
+
     def is_finite(self) -> bool:
         """True when no factor holds NaN or infinity."""
         return all(layer.is_finite() for layer in self.layers.values())
@@ -124,13 +153,13 @@ class Adapter:
             digest.update(data.numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: Path, base_model: str = "") -> Path:
+    def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
         """Write a PEFT adapter folder; the tensors come last, durable and whole."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.spec.peft_config(base_model)
+        config = replace(self.spec, targets=self.modules, layers=None).peft_config(base_model)
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        flat = {_PREFIX + k: v.detach().float().contiguous() for k, v in self.tensors().items()}
+        flat = {_PREFIX + k: v.detach().to(dtype).contiguous() for k, v in self.tensors().items()}
         part = folder / "adapter_model.safetensors.part"
         save_file(flat, part)
         with part.open("rb") as file:
@@ -165,7 +194,12 @@ class Adapter:
             tensors = load_file(folder / "adapter_model.safetensors")
         except SafetensorError:
             raise ValueError(f"{folder}: adapter_model.safetensors is broken") from None
-        return Adapter.from_tensors({k.removeprefix(_PREFIX): v for k, v in tensors.items()}, spec)
+        loaded = Adapter.from_tensors(
+            {k.removeprefix(_PREFIX): v for k, v in tensors.items()}, spec
+        )
+        if config.get("layers_to_transform") is not None:  # the names say which
+            return Adapter(replace(spec, targets=tuple(sorted(loaded.layers))), loaded.layers)
+        return loaded
 
 
 def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:
@@ -175,7 +209,7 @@ def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:
     """
     names = sorted({name for adapter in adapters for name in adapter.layers})
     rank = sum(adapter.spec.rank for adapter in adapters)
-    targets = tuple(sorted({t for adapter in adapters for t in adapter.spec.targets}))
+    targets = tuple(sorted({module for adapter in adapters for module in adapter.modules}))
     deltas = {}
     for name in names:
         shape = next(a.layers[name] for a in adapters if name in a.layers)

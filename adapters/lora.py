@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -21,6 +21,7 @@ from adapters.trained_part import TrainedPart, frame, orthonormal_rows
 from conf.schema import TrainedFactors
 
 _NAME = "default"
+_PREFIX = "base_model.model."  # of the base model's modules in PEFT's
 # Numbers of experts in configurations of mixtures: routing may depend on the whole batch.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -40,7 +41,11 @@ def attach(
     """
     _require_independent_rows(model)
     try:
-        peft_model = get_peft_model(model, spec.peft_config())
+        config = spec.peft_config(depth=depth(model))
+    except ValueError as problem:
+        raise UnsupportedAdapter(str(problem)) from None
+    try:
+        peft_model = get_peft_model(model, config)
     except ValueError:
         raise UnsupportedAdapter(
             f"no module of {type(model).__name__} matches targets={list(spec.targets)}"
@@ -57,24 +62,38 @@ def attach(
     return peft_model
 
 
-def train_only(peft_model: PeftModel, part: TrainedPart, seed: int = 0) -> None:
+def depth(model: PreTrainedModel) -> int:
+    """How many blocks the model has."""
+    return int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0)
+
+
+def train_only(
+    peft_model: PeftModel,
+    part: TrainedPart,
+    seed: int = 0,
+    layers: Collection[str] | None = None,
+) -> None:
     """Freeze all but one part of the attached adapter, whose product stays as it is.
 
+    ``layers`` are those that are trained, None all; the others are frozen as a whole.
     For "core", B is written as its frame (drawn from ``seed``) times a core, and what of B lies
     outside the frame is lost. Raises UnsupportedAdapter where a layer has no frame of that rank.
     """
     for name, layer in _lora_layers(peft_model).items():
         B = _factor_B(layer)
-        if part == "core":
+        trained = layers is None or name in layers
+        framed = part == "core" and trained
+        if framed:
             if B.shape[1] > B.shape[0]:
                 raise UnsupportedAdapter(f"rank {B.shape[1]} exceeds the width of {name}")
             layer.lora_B[_NAME] = _FramedB(B, frame(name, B.shape[0], B.shape[1], seed))
         elif isinstance(layer.lora_B[_NAME], _FramedB):
             layer.lora_B[_NAME] = nn.Linear(B.shape[1], B.shape[0], bias=False)
             cast(nn.Linear, layer.lora_B[_NAME]).weight = nn.Parameter(B)
-        _linear_A(layer).weight.requires_grad_(part in ("A", "both"))
-        if part != "core":
-            cast(nn.Linear, layer.lora_B[_NAME]).weight.requires_grad_(part in ("B", "both"))
+        _linear_A(layer).weight.requires_grad_(trained and part in ("A", "both"))
+        if not framed:
+            linear = cast(nn.Linear, layer.lora_B[_NAME])
+            linear.weight.requires_grad_(trained and part in ("B", "both"))
 
 
 class _FramedB(nn.Sequential):
@@ -161,6 +180,17 @@ def write(peft_model: PeftModel, adapter: Adapter) -> None:
                 cast(nn.Linear, B).weight.copy_(given.B)
 
 
+def projections(peft_model: PeftModel) -> dict[str, nn.Linear]:
+    """The matrix A of every adapted layer: its output is what B multiplies."""
+    return {name: _linear_A(layer) for name, layer in _lora_layers(peft_model).items()}
+
+
+def travel_name(parameter: str) -> str:
+    """The name under which a trained parameter of the live model travels."""
+    name = parameter.removeprefix(_PREFIX).replace(f".{_NAME}.", ".")
+    return name.replace(".lora_B.core.", ".lora_core.")
+
+
 def detach(peft_model: PeftModel) -> PreTrainedModel:
     """Remove the LoRA modules again; the base weights are as before."""
     model = peft_model.unload()
@@ -233,9 +263,8 @@ def _factor_B(layer: LoraLayer) -> Tensor:
 
 def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
     """Adapted linear layers by their module path in the base model."""
-    prefix = "base_model.model."
     return {
-        name.removeprefix(prefix): module
+        name.removeprefix(_PREFIX): module
         for name, module in peft_model.named_modules()
         if isinstance(module, LoraLayer) and _is_linear(module)
     }

@@ -74,6 +74,66 @@ class LowRank:
         return bool(torch.isfinite(self.A).all() and torch.isfinite(self.B).all())
 
 
+class Dense(LowRank):
+    """A matrix W (m, n) among products: W = I W or W I, the identity being made only when asked.
+
+    So whole weight matrices are merged by what was written for updates. Sums and inner products of
+    such matrices act on them directly, at the cost of m n.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        object.__setattr__(self, "matrix", matrix)  # frozen, like every LowRank
+
+    matrix: Tensor
+
+    @property
+    def B(self) -> Tensor:
+        """(m, r), r being the smaller of m and n."""
+        return self.matrix if self._tall else self._identity
+
+    @property
+    def A(self) -> Tensor:
+        """(r, n)."""
+        return self._identity if self._tall else self.matrix
+
+    @property
+    def rank(self) -> int:
+        """See ``LowRank.rank``."""
+        return min(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See ``LowRank.shape``."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def to(self, dtype: torch.dtype) -> Dense:
+        """See ``LowRank.to``."""
+        return Dense(self.matrix.to(dtype))
+
+    def dense(self) -> Tensor:
+        """See ``LowRank.dense``."""
+        return self.matrix
+
+    def norm(self) -> float:
+        """See ``LowRank.norm``."""
+        return float(self.matrix.double().norm())
+
+    def is_finite(self) -> bool:
+        """See ``LowRank.is_finite``."""
+        return bool(torch.isfinite(self.matrix).all())
+
+    def __mul__(self, c: float) -> Dense:
+        return self if c == 1 else Dense(self.matrix * c)
+
+    @property
+    def _tall(self) -> bool:
+        return self.shape[0] > self.shape[1]
+
+    @property
+    def _identity(self) -> Tensor:
+        return torch.eye(self.rank, dtype=self.matrix.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Svd:
     """All singular values S of dW, and the leading k vectors: U (m, k), Vh (k, n); float64.
@@ -119,6 +179,11 @@ def weighted_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """
     if len(parts) != len(weights):
         raise ValueError(f"{len(parts)} updates but {len(weights)} weights")
+    if matrices := _matrices(parts):
+        total = torch.zeros_like(matrices[0])
+        for matrix, w in zip(matrices, weights, strict=True):
+            total.add_(matrix, alpha=w)
+        return Dense(total)
     scaled = []
     for part, w in zip(parts, weights, strict=True):
         half = abs(w) ** 0.5
@@ -148,6 +213,13 @@ def svd(update: LowRank, vectors: int | None = None) -> Svd:
 
 def gram(parts: Sequence[LowRank]) -> Tensor:
     """Matrix of inner products G_ij = <dW_i, dW_j>, (K, K) float64, from two R x R products."""
+    if matrices := _matrices(parts):
+        flat = [matrix.flatten() for matrix in matrices]
+        pairs = [[float(one @ other) for other in flat[: i + 1]] for i, one in enumerate(flat)]
+        found = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+        for i, row in enumerate(pairs):
+            found[i, : i + 1] = found[: i + 1, i] = torch.tensor(row, dtype=torch.float64)
+        return found
     everything = stack(parts)
     B, A = everything.B.double(), everything.A.double()
     traces = (B.T @ B) * (A @ A.T)
@@ -166,6 +238,13 @@ def _complement(rows: Tensor, count: int) -> Tensor:
     for _ in range(2):  # twice: one projection alone loses orthogonality to rounding
         start = start - rows.T @ (rows @ start)
     return torch.linalg.qr(start).Q.T
+
+
+def _matrices(parts: Sequence[LowRank]) -> list[Tensor]:
+    """The matrices, float64, if all parts are dense; else none. Shapes must agree."""
+    _same_shape(parts)
+    whole = [part.matrix.double() for part in parts if isinstance(part, Dense)]
+    return whole if len(whole) == len(parts) else []
 
 
 def _same_shape(parts: Sequence[LowRank]) -> None:

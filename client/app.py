@@ -56,7 +56,8 @@ def _answer(message: Message, policy: SitePolicy) -> RecordDict:
         if task is None:
             raise Refusal(Reason.PLAN_INVALID, flaw)
         outgoing = train_round(*task, policy, audit_head=head)
-        content, facts = pack_result(outgoing.tensors, outgoing.facts), tuple(outgoing.facts)
+        content = pack_result(outgoing.tensors, outgoing.facts, outgoing.statistics)
+        facts = (*outgoing.facts, *(["statistics"] if outgoing.statistics else []))
         code, reason = "RESULT", ""
     except Exception as problem:
         code, reason = _refusal(problem, policy.site)

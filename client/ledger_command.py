@@ -82,12 +82,20 @@ def _verify(command: LedgerCommand, console: Console) -> None:
 def _plan(command: LedgerCommand, console: Console) -> None:
     policy = read_policy(command.site)
     wanted, limits = command.plan, policy.privacy
+    if wanted.statistics and policy.share.statistics == "never":
+        raise ConfigError(
+            f"plan.statistics=true: share.statistics of {command.site} is never, so such a plan is "
+            "refused"
+        )
     history: History = ()
     if policy.ledger.exists() or (policy.anchor and policy.anchor.exists()):
         with Ledger.of(policy) as ledger:
             history = ledger.history()
-    steps, spent = wanted.rounds * wanted.local_steps, epsilon(history, limits.delta)
-    what = f"{wanted.rounds} x {wanted.local_steps} steps at q={wanted.sampling_rate:g}"
+    each = wanted.local_steps + wanted.statistics  # as TrainingPlan.charged_steps
+    steps, spent = wanted.rounds * each, epsilon(history, limits.delta)
+    what = f"{wanted.rounds} x {each} steps at q={wanted.sampling_rate:g}"
+    if wanted.statistics:
+        what += " (statistics are one of them)"
     console.print(f"spent so far: epsilon {spent:.3f} of {limits.epsilon:g}")
     beside = charges_of_a_run(policy.share, wanted.sampling_rate, wanted.rounds)
     if beside:

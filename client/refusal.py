@@ -21,6 +21,8 @@ class Reason(Enum):
     PRIVACY_REQUIRED = "this site trains only under differential privacy"
     UNIT_TOO_WEAK = "the plan's privacy unit is weaker than the site policy's"
     LIMIT_EXCEEDED = "the plan exceeds a limit of the site policy"
+    STRATEGY_NOT_ALLOWED = "the site policy does not allow this way of merging"
+    STATISTICS_NOT_SHARED = "the site policy lets out none of the statistics that the plan asks for"
     BUDGET_EXHAUSTED = "the privacy budget does not allow the plan"
     NOTES_UNUSABLE = "the notes of this site could not be read"
     TRAINING_FAILED = "training failed; the charge is kept"

@@ -1,7 +1,8 @@
 """One round at a hospital, in the order that keeps its promises.
 
     policy -> answered before? -> model -> notes -> noise for the whole plan -> ledger (on disk)
-    -> sample, clip, noise, step -> gate -> rounded for the wire -> ledger closed, with the reply
+    -> sample, clip, noise, step -> statistics if asked for -> gate -> rounded for the wire
+    -> ledger closed, with the reply
 
 Nothing touches a note's gradient before the charge is on disk, and nothing leaves but through the
 gate. A task that was answered before gets the stored reply again.
@@ -24,11 +25,17 @@ from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import BaseModel, ModelError, load_base
 from adapters.plan import TrainingPlan
+from adapters.statistics import Statistic, Statistics
 from client.notes.load import NotesError, load_notes
 from client.notes.note import Note
 from client.notes.split import split_units
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
-from client.privacy.authorise import authorise, require_model, require_unit
+from client.privacy.authorise import (
+    authorise,
+    require_layers,
+    require_model,
+    require_unit,
+)
 from client.privacy.engine import clipped_sum, noised_mean, rehearse
 from client.privacy.gate import Gate, Outgoing
 from client.privacy.ledger import Ledger, LedgerError, Reservation
@@ -44,6 +51,7 @@ from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
+from client.privacy.statistics import released_statistics, statistic_sums
 from client.refusal import Reason, Refusal, failure_site
 from client.upload import rounded
 from conf.policy import SitePolicy
@@ -99,8 +107,10 @@ def _train(
     model = bench.model
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     require_model(plan, bench.fingerprint, longest)
+    require_layers(plan, policy, lora.depth(bench.base.model))
     try:
-        lora.train_only(model, plan.upload, plan.seed)
+        trained_layers = plan.trained_layers(received.layers)
+        lora.train_only(model, plan.upload, plan.seed, trained_layers)
     except lora.UnsupportedAdapter as problem:
         raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
     units = site_units(policy, plan.privacy.unit)
@@ -138,7 +148,8 @@ def _train(
             "delta": Released(ledger.delta, Source.LEDGER),
         }
         trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
-        released = Gate(plan, policy, received, charge).release(trained, facts)
+        measured = _statistics(model, plan, units, tokens, policy.compute, charge, random)
+        released = Gate(plan, policy, received, charge).release(trained, facts, measured)
         reply = rounded(released, plan, received, policy, _task(plan, received)).to_bytes()
     except Refusal as refusal:
         ledger.burn(reservation, refusal.reason.name)
@@ -223,6 +234,38 @@ def _steps(
     return shared | numbers.loss(noise.loss)
 
 
+def _statistics(
+    model: PeftModel,
+    plan: TrainingPlan,
+    units: SiteUnits,
+    tokens: _Tokens,
+    compute: ComputeSettings,
+    charge: Charge,
+    random: SecureRandomness,
+) -> Released[Statistics] | None:
+    """What the merge needs beside the adapter, measured under the trained adapter; None: nothing.
+
+    Sample, noise and divisor are those of one more step, as which it is charged.
+    """
+    kind, privacy = plan.statistics, plan.privacy
+    if kind is None:
+        return None
+    batch = poisson_sample(units.train, privacy.sampling_rate, privacy.max_notes_per_unit, random)
+    rows = [[tokens(note) for note in notes] for notes in batch]
+    sums = statistic_sums(
+        model, kind, rows, privacy.clip_norm, compute.engine, compute.micro_tokens
+    )
+    noised = released_statistics(
+        kind,
+        sums,
+        charge.noise_multiplier,
+        privacy.clip_norm,
+        privacy.denominator,
+        random.normal,
+    )
+    return Released(noised, charge.mechanism("statistics"))
+
+
 def _reserve(
     ledger: Ledger,
     plan: TrainingPlan,
@@ -250,7 +293,7 @@ def _reserve(
         )
         sigma = max(sigma, policy.privacy.min_noise_multiplier)
         reservation = ledger.reserve(
-            (GaussianSteps(privacy.sampling_rate, sigma, plan.local_steps), *beside),
+            (GaussianSteps(privacy.sampling_rate, sigma, plan.charged_steps), *beside),
             task=_task(plan, received),
             run=plan.run,
             round=plan.round,
@@ -301,15 +344,20 @@ class _Workbench:
     base: BaseModel
     fingerprint: str
     model: PeftModel
-    rehearsed: set[tuple[str, int]]
+    rehearsed: set[tuple[str, int, int, Statistic | None]]
 
     def rehearse(self, plan: TrainingPlan, compute: ComputeSettings) -> None:
         """Find out once whether there is memory for such a plan. Raises Refusal."""
-        what = plan.upload, plan.privacy.max_tokens
+        longest, kind = plan.privacy.max_tokens, plan.statistics
+        size = sum(p.numel() for p in trained_parameters(self.model).values())
+        what = plan.upload, longest, size, kind
         if what in self.rehearsed:
             return
+        how = compute.engine, compute.micro_tokens
         try:
-            rehearse(self.model, plan.privacy.max_tokens, compute.engine, compute.micro_tokens)
+            rehearse(self.model, longest, *how)
+            if kind:
+                statistic_sums(self.model, kind, [[[0] * longest], [[0]]], 1.0, *how)
         except (MemoryError, RuntimeError):  # which PyTorch raises too
             raise Refusal(Reason.LIMIT_EXCEEDED, "the plan cannot be computed here") from None
         self.rehearsed.add(what)

@@ -9,7 +9,8 @@ so a remainder is post-processing of a private output and costs nothing.
 A remainder of B means left A as an update. Where the next round has another A' (FedSVD turns it),
 it goes on as left A A'+, with A'+ the pseudo-inverse: the same update, but for what lies outside
 the rows of A', which is dropped. A remainder of A likewise, B'+ B left; a core's stays as it is
-under its fixed frame. Where both factors are trained no product stands still, and nothing is carried.
+under its fixed frame. Where both factors are trained no product stands still, and nothing is
+carried.
 
 Remainders of one run lie beside the ledger, with those before the last task: the same task again,
 after whatever crash, is rounded as it was.

@@ -71,6 +71,7 @@ class LedgerPlan(Settings):
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     noise_multiplier: Positive | None
     epsilon: Positive | None
+    statistics: bool
 
     @model_validator(mode="after")
     def _noise_or_epsilon(self) -> LedgerPlan:

@@ -56,6 +56,7 @@ class AdapterLimits(Settings):
     """Which adapters the hospital will train."""
 
     max_rank: Annotated[int, Field(ge=1)] = 64
+    max_layers: Annotated[int, Field(ge=1)] | None = None  # blocks with an adapter; None: all
     targets: Targets = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",  # Llama-like
         "c_attn", "c_proj", "c_fc",  # GPT-2-like
@@ -79,6 +80,7 @@ class ShareLimits(Settings):
     counts: Share = "never"  # of patients and notes trained on
     losses: Share = "never"  # of training
     scores: Share = "never"  # loss of the received adapter on held-out patients
+    statistics: Literal["never", "noised"] = "never"  # for merges that weigh by them; never exact
     noise: Annotated[float, Field(ge=1, le=1000)] = 10.0  # standard deviation / sensitivity
     loss_bound: Positive = 8.0  # nats; a patient's larger loss counts as this
 

@@ -7,13 +7,17 @@ key, the value and what is allowed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+# Blocks of the base model that get an adapter: None all; "half" every second one, with the last;
+# "first:N", "last:N"; or their numbers, from 0.
+Layers = str | tuple[int, ...] | None
 TrainedFactors = Literal["B", "A", "alternate", "both", "core"]
 Wire = Literal["float32", "float16", "int8"]
 
@@ -47,6 +51,25 @@ class AdapterSettings(Settings):
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     train: TrainedFactors
     rslora: bool = False  # divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732)
+    layers: Layers = None
+    freeze_half: bool = False  # each round trains a random half of the adapted matrices (HFT)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _is_a_rule_or_numbers(cls, layers: object) -> object:
+        if isinstance(layers, str):
+            fits = re.fullmatch(r"half|(first|last):[1-9][0-9]{0,3}", layers) is not None
+        elif isinstance(layers, list | tuple):
+            numbers = {n for n in layers if type(n) is int and n >= 0}
+            fits = 0 < len(layers) == len(numbers)
+        else:
+            fits = layers is None
+        if not fits:
+            raise ValueError(
+                f"adapter.layers={str(layers)[:40]}: take null, half, first:N, last:N, or "
+                "different numbers such as [0, 1]"
+            )
+        return layers
 
 
 MAX_CLIP_NORM = 16.0  # up to here the engine adds clipped gradients without rounding

@@ -13,11 +13,11 @@ from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from adapters.trained_part import joined
+from adapters.statistics import MeasuredAdapter, require_statistics
 from transport.wire import size_bytes, unpack_upload
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
+LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
 _MOST_FACTS = 20
 
 
@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Accepted(Answer):
-    """The same, with its adapter for this round."""
+    """The same, with its adapter for this round, and statistics if asked for."""
 
     adapter: Adapter
 
@@ -71,6 +71,8 @@ def accept(
         facts = json.loads(str(content.config_records["facts"]["json"]))
         site = facts["site"]
         tensors = content.array_records["adapter"].to_torch_state_dict()
+        measured = content.array_records.get("statistics")
+        statistics = measured.to_torch_state_dict() if measured is not None else {}
     except Exception:  # rubbish fails in many ways (memory, recursion); each costs only its sender
         return LeftOut(node, "malformed reply")
     if not _plain(facts):
@@ -80,14 +82,17 @@ def accept(
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
     try:
-        tensors = unpack_upload(tensors, sent, plan)
-        adapter = joined(sent, tensors, plan.upload, plan.seed)
+        factors = unpack_upload(tensors, sent, plan)
+        adapter = plan.joined(sent, factors)
+        require_statistics(statistics, plan.statistics, sent, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
-    if any(tensor.abs().max() > _LARGEST for tensor in tensors.values()):
+    if any(tensor.abs().max() > LARGEST for tensor in factors.values()):
         return LeftOut(site, "factors impossibly large")
+    if statistics:
+        adapter = MeasuredAdapter(adapter.spec, adapter.layers, statistics)
     return Accepted(site, facts, size_bytes(content), adapter)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from conf.schema import TrainedFactors
+
 CARD_NAME = "README.md"  # the file name that model hubs show
 
 
@@ -61,6 +63,15 @@ class Score:
     aligned: float | None = None
 
 
+_TRAINED: dict[TrainedFactors, str] = {
+    "B": "factor B, with a shared and frozen A",
+    "A": "factor A, with a shared and frozen B",
+    "alternate": "factors B and A in turn, the other one shared and frozen",
+    "both": "both factors",
+    "core": "a small core between two frozen factors",
+}
+
+
 @dataclass(frozen=True)
 class ReleaseFacts:
     """Everything a model card states. ``privacy`` is None when privacy was off.
@@ -81,13 +92,14 @@ class ReleaseFacts:
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    trained: str  # B or both
+    trained: TrainedFactors
     hospitals: tuple[HospitalFacts, ...]
     privacy: PrivacyFacts | None
     alignment: AlignmentFacts | None = None
     evaluation: tuple[Score, ...] = ()
     simulated: bool = False  # every hospital and patient is simulated
     pooled: bool = False  # the notes were brought together: a reference, not a federation
+    layers: tuple[int, ...] = ()  # of the base model; () stands for all
     versions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -169,7 +181,10 @@ def write_model_card(folder: Path, facts: ReleaseFacts) -> Path:
     )
     environment.filters |= {"plain": _plain, "up": round_up, "score": _score, "literal": repr}
     body = environment.get_template("model_card.md.jinja").render(
-        facts=facts, front_matter=_front_matter(facts), columns=_columns(facts.evaluation)
+        facts=facts,
+        front_matter=_front_matter(facts),
+        columns=_columns(facts.evaluation),
+        trained=_TRAINED[facts.trained],
     )
     path = folder / CARD_NAME
     path.write_text(body, encoding="utf-8")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -24,7 +24,7 @@ from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
 from server.acceptance import Accepted, Answer, LeftOut, accept, node_name, one_reply_each
 from server.run_folder import RunFolder, write_atomically
-from strategies.base import Draw, MergeError
+from strategies.base import Draw, MergeError, Noise
 from strategies.merging import merge
 from strategies.registry import create
 from transport.wire import pack_task, size_bytes
@@ -52,7 +52,7 @@ def federate(
     strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
     for number in range(len(folder.finished_rounds()) + 1, settings.federation.rounds + 1):
         began = time.monotonic()
-        plan = plan_round(settings, folder.name, number, base_model)
+        plan = plan_round(settings, folder.name, number, base_model, strategy.statistics)
         sent = folder.global_adapter()
         deadline = began + settings.federation.timeout_s
         nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
@@ -77,13 +77,13 @@ def federate(
             )
         try:
             weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
-            draw = Draw(folder.name, number)
-            merged = merge(
-                strategy, folder.adapters(number, [a.site for a in accepted]), weights, draw
-            )
+            draw = Draw(folder.name, number, _noise(plan, sent, accepted))
+            moved = plan.trained_layers(sent.layers)
+            own = folder.adapters(number, [a.site for a in accepted], moved)
+            merged = merge(strategy, own, weights, draw)
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
-        merged.adapter.save(folder.adapter_folder(number))
+        sent.updated(merged.adapter).save(folder.adapter_folder(number))
         record: dict[str, Any] = {
             "round": number,
             "seconds": round(time.monotonic() - began, 3),
@@ -91,6 +91,7 @@ def federate(
             "bytes_down": bytes_each * len(nodes),
             "uploads": {a.site: a.bytes_up for a in accepted},
             "download": bytes_each,
+            "rank": merged.adapter.spec.rank,
             "discrepancy": merged.discrepancy,
             "kept_energy": merged.kept_energy,
             "mean_cosine": merged.mean_cosine,
@@ -101,6 +102,16 @@ def federate(
         }
         folder.finish_round(record)
     return folder.global_adapter()
+
+
+def _noise(plan: TrainingPlan, sent: Adapter, accepted: Sequence[Answer]) -> Noise | None:
+    """What is known of it: nothing where a hospital does not state its noise multiplier."""
+    stated = [float(a.facts.get("noise_multiplier", -1)) for a in accepted]
+    if not plan.privacy.enabled:
+        stated = [0.0] * len(accepted)
+    if plan.optimizer.name != "sgd" or min(stated) < 0:
+        return None
+    return Noise(sent, tuple(plan.noise_std(multiplier) for multiplier in stated))
 
 
 def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:
@@ -150,8 +161,8 @@ def _exchange(
 ) -> Iterator[tuple[int, Message]]:
     """Send the task to every node; each reply before the deadline, with its node, as it comes.
 
-    Few are fetched at a time, and none is kept. A reply belongs to the node whose task it answers. Its own sender may be the SuperLink, which
-    answers for a node that is gone.
+    Few are fetched at a time, and none is kept. A reply belongs to the node whose task it answers:
+    its own sender may be the SuperLink, which answers for a node that is gone.
     """
     messages = [
         Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +23,7 @@ from typing import Any, overload
 import yaml
 
 from adapters.adapter import Adapter
+from adapters.statistics import load_measured
 from conf.load import validate
 from conf.schema import RunSettings, TrainingSettings
 
@@ -92,9 +93,9 @@ class RunFolder:
         """Remove what an interrupted try at this round has left: it is no part of the round."""
         shutil.rmtree(self.adapter_folder(number).parent, ignore_errors=True)
 
-    def adapters(self, number: int, names: Sequence[str]) -> SavedAdapters:
-        """Those of round ``number`` by ``names``, loaded when they are asked for."""
-        return SavedAdapters([self.adapter_folder(number, name) for name in names])
+    def adapters(self, number: int, names: Sequence[str], layers: Collection[str]) -> SavedAdapters:
+        """Those of round ``number`` by ``names``, in these layers, loaded when asked for."""
+        return SavedAdapters([self.adapter_folder(number, name) for name in names], layers)
 
     def drop_adapter(self, number: int, name: str) -> None:
         """Remove an adapter that does not count after all."""
@@ -106,10 +107,10 @@ class RunFolder:
 
 
 class SavedAdapters(Sequence[Adapter]):
-    """Adapters on disk: each is loaded when it is asked for, and not kept."""
+    """Adapters on disk, with their statistics: each is loaded when asked for, and not kept."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = folders
+    def __init__(self, folders: Sequence[Path], layers: Collection[str]) -> None:
+        self._folders, self._layers = folders, layers
 
     def __len__(self) -> int:
         return len(self._folders)
@@ -120,8 +121,8 @@ class SavedAdapters(Sequence[Adapter]):
     def __getitem__(self, at: slice) -> SavedAdapters: ...
     def __getitem__(self, at: int | slice) -> Adapter | SavedAdapters:
         if isinstance(at, slice):
-            return SavedAdapters(self._folders[at])
-        return Adapter.load(self._folders[at])
+            return SavedAdapters(self._folders[at], self._layers)
+        return load_measured(self._folders[at]).only(self._layers)
 
 
 def write_atomically(path: Path, text: str) -> None:

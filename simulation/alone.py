@@ -41,7 +41,7 @@ def train_alone(
             on_step(done + step, (rounds - 1) * steps)
 
         outgoing = train_round(plan, adapter, policy, report)
-        adapter = Adapter.from_tensors({**adapter.tensors(), **outgoing.tensors}, adapter.spec)
+        adapter = plan.joined(adapter, outgoing.tensors)
     return Adapter.load(adapter.save(saved))
 
 

@@ -57,6 +57,12 @@ class Arm:
         spent = [h.epsilon for h in self.run.summary.hospitals.values() if h.epsilon is not None]
         return max(spent, default=None) if self.run.summary.privacy.enabled else None
 
+    def mean_of(self, figure: str) -> float | None:
+        """Mean over rounds of what the merges say of themselves (a field of ``RoundPart``)."""
+        rounds = self.run.summary.rounds
+        known = [v for r in rounds if (v := getattr(r, figure)) is not None]
+        return statistics.fmean(known) if known else None
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -105,7 +105,10 @@ class HospitalPart(Part):
 
 
 class RoundPart(Part):
-    """One round of the federation; ``bytes_*`` and ``seconds`` count all its hospitals."""
+    """One round of the federation; ``bytes_*`` and ``seconds`` count all its hospitals.
+
+    What the merge says of itself is explained in ``strategies.merging.Merge``.
+    """
 
     round: int
     seconds: float
@@ -113,7 +116,11 @@ class RoundPart(Part):
     bytes_down: int
     uploads: dict[str, int] = Field(default_factory=dict)  # bytes by hospital that was merged
     download: int | None = None  # bytes to each
+    rank: int | None = None
+    kept_energy: float | None = None
     discrepancy: float | None = None
+    mean_cosine: float | None = None
+    norm_ratio: float | None = None
     hospitals: tuple[str, ...] = ()
     left_out: dict[str, str] = Field(default_factory=dict)
     sigma: dict[str, float | None] = Field(default_factory=dict)

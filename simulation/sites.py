@@ -26,7 +26,7 @@ from client.notes.split import split_units
 from client.site import read_policy
 from conf.commands import AuditCommand
 from conf.load import ConfigError
-from conf.policy import AdapterLimits, PrivacyLimits, SitePolicy
+from conf.policy import AdapterLimits, PrivacyLimits, ShareLimits, SitePolicy
 from conf.schema import MAX_CLIP_NORM, NotesSettings, RunSettings
 from server.run_folder import RunFolder, write_atomically
 from simulation.cohort import hospital_orders, simulate
@@ -213,6 +213,7 @@ def site_policy(
             targets=settings.adapter.targets,
             train=(settings.adapter.train,),
         ),
+        share=ShareLimits(statistics="noised"),  # where the strategy asks for them
     )
 
 

@@ -6,6 +6,7 @@ What a hospital may not publish in a real run is named in its ``simulation_only`
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any
 
 from adapters.adapter import AdapterSpec
 from adapters.base_model import BaseModel
+from adapters.chosen_layers import layer_number
 from client.privacy.accountant import NAME as ACCOUNTANT
 from client.privacy.ledger import Ledger
 from client.training import training_units
@@ -125,7 +127,8 @@ def release_facts(
         rounds=len(summary["rounds"]),
         rank=shape.rank,
         alpha=shape.alpha,
-        targets=shape.targets,
+        targets=tuple(sorted({target.rpartition(".")[2] for target in shape.targets})),
+        layers=_layers(shape.targets),
         trained=settings.adapter.train,
         hospitals=tuple(
             HospitalFacts(name, h["epsilon"], h["delta"])
@@ -157,6 +160,12 @@ def _holdings(settings: RunSettings, site: Site, name: str) -> dict[str, Any]:
         "delta": privacy.delta,
         "simulation_only": list(_SIMULATION_ONLY),
     }
+
+
+def _layers(targets: Sequence[str]) -> tuple[int, ...]:
+    """The layers that whole paths of modules lie in; () where a name stands for all layers."""
+    numbers = [layer_number(target) for target in targets]
+    return () if None in numbers else tuple(sorted({n for n in numbers if n is not None}))
 
 
 def _evaluation(summary: dict[str, Any]) -> list[Score]:

@@ -16,7 +16,7 @@ from conf.schema import RunSettings
 from server.run_folder import RunFolder
 from simulation.comparison import print_comparison, write_comparison
 from simulation.run import comparable, new_run_folder, simulate
-from strategies.registry import require_strategy, strategies
+from strategies.registry import create, require_strategy
 
 _REPLACED = (  # what would bring back in part what the pooled reference goes without
     "privacy", "privacy.enabled", "privacy.clip_norm", "hospitals", "hospitals.layout",
@@ -56,8 +56,11 @@ def _pooled_reference(jobs: Sequence[list[str]]) -> list[list[str]]:
     if not wanted or any(s.hospitals.layout == "pooled" for s in settings):
         return []
     kept = [o for o in jobs[0] if o.partition("=")[0] not in _REPLACED]
-    if "one" not in strategies()[settings[0].strategy.name].declared.keeps:
-        kept = [o for o in kept if not o.startswith("strategy")] + ["strategy=product_mean"]
+    chosen = settings[0].strategy
+    strategy = create(chosen.name, chosen.parameters)
+    if "one" not in strategy.declared.keeps or strategy.statistics:  # which only leave noised
+        mean = "ffa" if settings[0].adapter.train == "core" else "product_mean"
+        kept = [o for o in kept if not o.startswith("strategy")] + [f"strategy={mean}"]
     return [[*kept, "hospitals=pooled", "privacy=none", "alignment=none"]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,12 +12,13 @@ import torch
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, weighted_sum
+from adapters.statistics import MeasuredAdapter, Statistic, Statistics
 from conf.schema import Settings, TrainedFactors
 from strategies.sums import FactorSums, MergeError, Update, Updates
 
 __all__ = [
-    "EVERY_PART", "Declaration", "Draw", "MergeError", "Strategy", "Update", "Updates", "deltas",
-    "factor_means", "product_means",
+    "EVERY_PART", "Declaration", "Draw", "MergeError", "Noise", "Strategy", "Update", "Updates",
+    "deltas", "factor_means", "mean_under_shared", "product_means", "statistics_of",
 ]  # fmt: skip
 
 EVERY_PART: tuple[TrainedFactors, ...] = ("B", "A", "alternate", "both")  # as products, not cores
@@ -39,6 +40,8 @@ class Declaration:
     "one" (one hospital merges to itself), "equal" (equal hospitals merge to themselves), "scale"
     (scaling all by c scales the result by c), "gauge" (only products matter).
     ``trains``: settings of ``adapter.train`` under which what was frozen stays what it was.
+    ``statistics``: what it needs from hospitals beside adapters; it costs them privacy budget.
+    ``noise``: it needs ``Draw.noise``, which rounds of plain SGD know.
     ``paper``: where it comes from.
     """
 
@@ -49,14 +52,30 @@ class Declaration:
     streams: bool = False
     keeps: frozenset[str] = frozenset({"one", "equal", "scale", "gauge"})
     trains: tuple[TrainedFactors, ...] = EVERY_PART
+    statistics: Statistic | None = None
+    noise: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """What a round knows of the noise in its adapters.
+
+    ``start`` is the adapter that every hospital was sent; ``stds`` the standard deviation of the
+    noise in every entry of the factor that each of them trained, in the order of the adapters and
+    before LoRA's scale (``TrainingPlan.noise_std``).
+    """
+
+    start: Adapter
+    stds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Randomness that can be repeated: a generator for each round and each tensor of it."""
+    """Which round is merged: randomness that can be repeated, and what is known of its noise."""
 
     run: str = ""
     round: int = 0
+    noise: Noise | None = None
 
     def of(self, tensor: str) -> torch.Generator:
         """The generator of one tensor, from which nothing of another's is learned."""
@@ -70,17 +89,35 @@ class Strategy(Settings):
     name: ClassVar[str]
     declared: ClassVar[Declaration]
 
+    @property
+    def statistics(self) -> Statistic | None:
+        """What hospitals must measure for it."""
+        return self.declared.statistics
+
     @abstractmethod
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """Merged scaled updates by layer, float64, of any rank.
 
-        ``adapters`` have the same layers of the same shapes (ranks may differ) and are finite;
-        ``weights`` are positive, public and sum to one. ``adapters`` may lie on disk and be loaded
-        each time they are asked for; a strategy that streams holds on to none. Raises MergeError
-        when the adapters do not fit the strategy.
+        ``adapters`` have the same layers of the same shapes (ranks may differ) and are finite; for
+        a strategy that declares ``statistics`` they are ``MeasuredAdapter``s. They may lie on disk
+        and be loaded each time they are asked for; a strategy that streams holds on to none.
+        ``weights`` are positive, public and sum to one. Raises MergeError when the adapters do not
+        fit the strategy.
         """
+
+
+def statistics_of(adapters: Sequence[Adapter], names: Iterable[str]) -> list[Statistics]:
+    """Each adapter's statistics of these names, float64. Raises MergeError where one is missing."""
+    found: list[Statistics] = []
+    for adapter in adapters:
+        own = adapter.statistics if isinstance(adapter, MeasuredAdapter) else {}
+        try:
+            found.append({name: own[name].double() for name in names})
+        except KeyError as missing:
+            raise MergeError(f"an adapter without statistics of {missing.args[0]}") from None
+    return found
 
 
 def deltas(adapters: Sequence[Adapter]) -> dict[str, list[LowRank]]:
@@ -102,7 +139,21 @@ def factor_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
 
     Raises MergeError when ranks or scales differ: then factors have no mean.
     """
+    return _factor_sums(adapters, weights).means()
+
+
+def mean_under_shared(
+    adapters: Sequence[Adapter], weights: Sequence[float], shared: Literal["A", "B"]
+) -> dict[str, LowRank] | None:
+    """The exact mean of adapters that share factor "A" or "B" in every layer; None if they do not.
+
+    Raises MergeError when ranks or scales differ.
+    """
+    return _factor_sums(adapters, weights).under_shared(shared)
+
+
+def _factor_sums(adapters: Sequence[Adapter], weights: Sequence[float]) -> FactorSums:
     sums = FactorSums()
     for adapter, weight in zip(adapters, weights, strict=True):
         sums.add(adapter, weight)
-    return sums.means()
+    return sums

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import dense, elected, fused, row_ranks, scaled
+from strategies.entries import Agreeing, dense, elected, fused, row_ranks, scaled
 
 
 class Breadcrumbs(Strategy):
@@ -28,6 +28,7 @@ class Breadcrumbs(Strategy):
     density: Annotated[float, Field(gt=0, lt=1)] = 0.15
     outliers: Annotated[float, Field(ge=0, lt=1)] = 0.01
     elect: bool = False  # true: Breadcrumbs with the election of TIES
+    agreeing: Agreeing = "mean"  # or "sum": of what has the elected sign
     strength: Annotated[float, Field(gt=0, le=10)] = 1.0
 
     @model_validator(mode="after")
@@ -47,7 +48,7 @@ class Breadcrumbs(Strategy):
         for name, own in dense(adapters).items():
             kept = [self._middle(d) for d in own]
             signs = elected(kept, weights, "weighted") if self.elect else None
-            merged[name] = fused(kept, weights, signs)
+            merged[name] = fused(kept, weights, signs, self.agreeing)
         return scaled(merged, self.strength)
 
     def _middle(self, update: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from adapters.lowrank import LowRank, svd
+from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Declaration, Draw, Strategy, Update, deltas
 from strategies.entries import elected, fused, trimmed
 
@@ -42,7 +42,14 @@ class Core:
 
 
 def core_of(parts: Sequence[LowRank]) -> Core:
-    """The shared bases of updates of one layer, and each one's core. Ranks may differ."""
+    """The shared bases of updates of one layer, and each one's core. Ranks may differ.
+
+    Whole matrices span the whole space: they are their own cores.
+    """
+    if all(isinstance(part, Dense) for part in parts):
+        m, n = parts[0].shape
+        whole = [part.dense() for part in parts]
+        return Core(torch.eye(m, dtype=whole[0].dtype), whole, torch.eye(n, dtype=whole[0].dtype))
     columns = torch.cat([part.B for part in parts], 1)
     rows = torch.cat([part.A for part in parts])
     U, V = _basis(columns), _basis(rows.T).T

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import dense, dropped, elected, fused, row_ranks, scaled
+from strategies.entries import Agreeing, dense, dropped, elected, fused, row_ranks, scaled
 
 
 class Dare(Strategy):
@@ -28,6 +28,7 @@ class Dare(Strategy):
     )
     density: Annotated[float, Field(gt=0, lt=1)] = 0.5  # probability that an entry is kept
     elect: bool = True  # DARE-TIES; false: DARE-linear
+    agreeing: Agreeing = "mean"  # or "sum": of what has the elected sign
     strength: Annotated[float, Field(gt=0, le=10)] = 1.0
 
     def combine(
@@ -42,7 +43,7 @@ class Dare(Strategy):
                 for d, mark in zip(own, marks, strict=True)
             ]
             signs = elected(kept, weights, "weighted") if self.elect else None
-            merged[name] = fused(kept, weights, signs)
+            merged[name] = fused(kept, weights, signs, self.agreeing)
         return scaled(merged, self.strength)
 
     def keep(self, update: Tensor) -> Tensor | float:

@@ -19,6 +19,7 @@ from adapters.adapter import Adapter
 from strategies.base import deltas
 
 Dense = dict[str, list[Tensor]]  # by layer, the dense updates (m, n) of all hospitals
+Agreeing = Literal["mean", "sum"]  # of the entries that have the elected sign
 
 
 def dense(adapters: Sequence[Adapter]) -> Dense:
@@ -67,11 +68,17 @@ def elected(
     return torch.where(total < 0, -1.0, 1.0).to(total.dtype)
 
 
-def fused(own: Sequence[Tensor], weights: Sequence[float], signs: Tensor | None) -> Tensor:
+def fused(
+    own: Sequence[Tensor],
+    weights: Sequence[float],
+    signs: Tensor | None,
+    agreeing: Agreeing = "mean",
+) -> Tensor:
     """Weighted mean at every place of the entries that are there and have the elected sign.
 
-    The weights of those that agree are made to sum to one; where nobody agrees the result is zero.
-    Without ``signs`` it is the weighted mean of all, zeros included.
+    The weights of those that agree are made to sum to one, unless their "sum" is asked for; where
+    nobody agrees the result is zero. Without ``signs`` it is the weighted mean of all, zeros
+    included.
     """
     if signs is None:
         return torch.stack([w * d for w, d in zip(weights, own, strict=True)]).sum(0)
@@ -80,6 +87,8 @@ def fused(own: Sequence[Tensor], weights: Sequence[float], signs: Tensor | None)
         agrees = d * signs > 0
         total += torch.where(agrees, w * d, 0.0)
         weight += torch.where(agrees, w, 0.0)
+    if agreeing == "sum":
+        return total
     return torch.where(weight > 0, total / weight.clamp(min=1e-300), 0.0)
 
 

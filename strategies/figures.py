@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable
 
 from adapters.adapter import Adapter, AdapterSpec
-from strategies.directions import norms
 from strategies.sums import FactorSums, MergeError, ProductSums, Update, distance, norm
 
 
@@ -34,7 +33,9 @@ class Figures:
             if not adapter.is_finite():
                 raise MergeError("an adapter holds NaN or infinity")
             self._add_factors(adapter, weight)
-            size = math.hypot(*norms(adapter, "layer").values())
+            size = math.hypot(*(layer.norm() for layer in adapter.layers.values())) * abs(
+                adapter.spec.scale
+            )
             if size > 0:
                 units.add(adapter, 1 / size)
                 learned += 1

@@ -9,12 +9,13 @@ General features lie in the first layers, what a task needs in the last. It wrap
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from adapters.adapter import Adapter
+from adapters.statistics import Statistic
 from strategies.base import Declaration, Draw, Strategy, Update
 
 _DEPTH = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -32,6 +33,13 @@ class Lines(Strategy):
     first: Annotated[float, Field(ge=0, le=10)] = 0.5
     last: Annotated[float, Field(ge=0, le=10)] = 1.0
 
+    @property
+    def statistics(self) -> Statistic | None:
+        """What the wrapped strategy needs."""
+        from strategies.registry import create  # which knows this class too
+
+        return create(self.of, self.parameters).statistics
+
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
@@ -39,9 +47,14 @@ class Lines(Strategy):
         from strategies.registry import create  # which knows this class too
 
         merged = create(self.of, self.parameters).combine(adapters, weights, draw)
-        depths = {name: int(d[1]) if (d := _DEPTH.search(name)) else 0 for name in merged}
+        factors = self.factors(merged)
+        return {name: update * factors[name] for name, update in merged.items()}
+
+    def factors(self, layers: Iterable[str]) -> dict[str, float]:
+        """By what each of all layers of a model is scaled."""
+        depths = {name: int(d[1]) if (d := _DEPTH.search(name)) else 0 for name in layers}
         deepest = max(max(depths.values()), 1)
         return {
-            name: update * (self.first + (self.last - self.first) * depths[name] / deepest)
-            for name, update in merged.items()
+            name: self.first + (self.last - self.first) * depth / deepest
+            for name, depth in depths.items()
         }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from adapters.adapter import Adapter, AdapterSpec
-from adapters.lowrank import LowRank, svd
+from adapters.adapter import Adapter
+from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Draw, MergeError, Strategy, Update, Updates
 from strategies.figures import Figures
+from strategies.inner_products import cosines
 from strategies.sums import ProductMeans
+
+_ROUNDING = 1e-12  # singular value, relative to the layer's largest, that is rounding
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Merge:
     ``discrepancy``: relative Frobenius norm of what averaging A and B separately would have got
     wrong, ||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over all layers; 0 if a factor is shared,
     None where ranks differ and factors have no mean.
-    ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers.
+    ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers;
+    ``kept_by_layer``: of each layer.
     ``mean_cosine``: of all pairs of hospitals, each taken as one vector; None for one hospital.
     ``norm_ratio``: norm of the merged update over that of the exact mean; 1 when both are zero.
     """
@@ -33,6 +38,7 @@ class Merge:
     kept_energy: float
     mean_cosine: float | None
     norm_ratio: float
+    kept_by_layer: Mapping[str, float]
 
 
 def merge(
@@ -40,12 +46,13 @@ def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     draw: Draw | None = None,
-    rank: int | None = None,
+    rank: int | Literal["exact"] | None = None,
 ) -> Merge:
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
-    ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's.
-    ``adapters`` are gone through one at a time, more than once, and may be loaded each time.
+    ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's, and
+    "exact" the rank that the merged update has, so that nothing is lost. ``adapters`` are gone
+    through one at a time, more than once, and may be loaded each time.
     Raises MergeError when the adapters do not fit each other or the strategy.
     """
     if not adapters:
@@ -53,29 +60,33 @@ def merge(
     if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
         raise MergeError("weights must be positive, one for each adapter, and sum to one")
     figures = Figures(adapters, weights)
-    first = figures.first
-    spec = first if rank is None else AdapterSpec(rank, float(rank), first.targets)
     combined = dict(strategy.combine(adapters, weights, draw or Draw()))
-    layers, kept, squared = {}, 1.0, 0.0
+    if rank == "exact":
+        compressed, rank = _compressed(combined)
+        combined.update(compressed)
+    first, exact = figures.first, strategy.declared.exact
+    spec = first if rank is None else replace(first, rank=rank, alpha=float(rank))
+    layers, kept, squared = {}, {}, 0.0
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
-        if strategy.declared.exact:
+        if exact:
             figures.compare(name, update)
-        layers[name], share, norm = _of_rank(update, spec.rank)
-        kept, squared = min(kept, share), squared + norm**2
+        layers[name], kept[name], norm = _of_rank(update, spec.rank)
+        squared += norm**2
     merged = Adapter.from_deltas(layers, spec)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
-    if not strategy.declared.exact:
+    if not exact:
         for name, mean in _exact_means(adapters, weights).items():
             figures.compare(name, mean)
     size = figures.size
     return Merge(
         merged,
         figures.discrepancy,
-        kept,
+        min(kept.values()),
         figures.mean_cosine,
         math.sqrt(squared) / size if size else 1.0,
+        kept,
     )
 
 
@@ -90,13 +101,37 @@ def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:
     """Factors of exactly ``rank``, the share of the squared norm that they keep, and the norm."""
     if isinstance(update, LowRank) and update.rank == rank:
         return update, 1.0, update.norm()  # as it is: what is shared stays the same bit for bit
-    parts = svd(update if isinstance(update, LowRank) else _factors(update), rank)
+    parts = svd(update if isinstance(update, LowRank) else Dense(update), rank)
     return parts.truncate(rank), parts.kept_energy(rank), float(parts.S.norm())
 
 
-def _factors(dense: Tensor) -> LowRank:
-    """A dense update as factors of full rank, the identity being one of them."""
-    m, n = dense.shape
-    if m <= n:
-        return LowRank(torch.eye(m, dtype=dense.dtype), dense)
-    return LowRank(dense, torch.eye(n, dtype=dense.dtype))
+def _compressed(updates: Mapping[str, Update]) -> tuple[dict[str, LowRank], int]:
+    """All updates as factors of one rank: the least that keeps every singular value above rounding.
+
+    Narrower layers are filled up with zeros: PEFT knows one rank for all.
+    """
+    found = {
+        name: svd(update if isinstance(update, LowRank) else Dense(update))
+        for name, update in updates.items()
+    }
+    ranks = {
+        name: int((_ROUNDING * parts.S.max() < parts.S).sum()) for name, parts in found.items()
+    }
+    rank = max(1, *ranks.values())
+    layers = {}
+    for name, parts in found.items():
+        own = parts.truncate(max(1, ranks[name]))
+        more = rank - own.rank
+        layers[name] = LowRank(
+            torch.cat([own.B, own.B.new_zeros(own.B.shape[0], more)], 1),
+            torch.cat([own.A, own.A.new_zeros(more, own.A.shape[1])]),
+        )
+    return layers, rank
+
+
+def mean_cosine(products: Tensor) -> float | None:
+    """Over all pairs of hospitals that learned anything, from the inner products (K, K)."""
+    learned = products.diagonal() > 0
+    found = cosines(products[learned][:, learned])
+    pairs = torch.ones_like(found).triu(1) > 0
+    return float(found[pairs].mean()) if pairs.any() else None

@@ -9,35 +9,26 @@ updates would have turned the sign. Norms never enter, so small updates are no s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-from strategies.base import Declaration, Update
-from strategies.directions import Directions, Scope
-from strategies.streaming import Stream, Streaming
+from torch import Tensor
+
+from strategies.base import Declaration
+from strategies.inner_products import FromInnerProducts, cosines
 
 
-class ModelStock(Streaming):
+class ModelStock(FromInnerProducts):
     """The mean, shortened by how much the updates disagree."""
 
     name: ClassVar[str] = "model_stock"
-    declared: ClassVar = Declaration(space="gram", paper="arXiv 2403.19522", streams=True)
-    scope: Scope = "layer"
+    declared: ClassVar = Declaration(space="gram", paper="arXiv 2403.19522")
 
-    def stream(self) -> Stream:
-        """See ``Streaming.stream``."""
-        sums = Directions(self.scope, weighted=False)
-        return Stream(sums.add, lambda: self.merged(sums))
-
-    def merged(self, sums: Directions) -> Mapping[str, Update]:
-        """By layer: t times the mean; c is 0 between an update that is zero and any other."""
-        k = sums.count
-        lengths = sums.take_directions()[1]
-        means = sums.take_means()
+    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
+        """See ``FromInnerProducts.coefficients``."""
+        k = len(weights)
         if k == 1:
-            return means
-        for name, length in lengths.items():
-            c = (length**2 - sums.learned[name]) / (k * (k - 1))
-            t = k * c / (1 + (k - 1) * c) if c > 0 else 0.0
-            means[name] = means[name] * min(t, 1.0)
-        return means
+            return weights
+        cosine = cosines(products)
+        c = float((cosine.sum() - cosine.diagonal().sum()) / (k * (k - 1)))
+        t = k * c / (1 + (k - 1) * c) if c > 0 else 0.0
+        return weights * min(t, 1.0)

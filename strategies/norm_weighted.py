@@ -7,33 +7,28 @@ This is what the library mergekit calls multi-SLERP. Opposed directions that can
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-from strategies.base import Declaration, Update
-from strategies.directions import Directions, Scope
-from strategies.streaming import Stream, Streaming
+import torch
+from torch import Tensor
+
+from strategies.base import Declaration
+from strategies.inner_products import FromInnerProducts, cosines, norms
 
 _BALANCED = 1e-6
 
 
-class NormWeighted(Streaming):
+class NormWeighted(FromInnerProducts):
     """Normalised mean of unit directions, times the mean norm."""
 
     name: ClassVar[str] = "norm_weighted"
-    declared: ClassVar = Declaration(space="gram", paper="mergekit multislerp", streams=True)
-    scope: Scope = "layer"
+    declared: ClassVar = Declaration(space="gram", paper="mergekit multislerp")
 
-    def stream(self) -> Stream:
-        """See ``Streaming.stream``."""
-        sums = Directions(self.scope, weighted=True)
-        return Stream(sums.add, lambda: self.merged(sums))
-
-    def merged(self, sums: Directions) -> Mapping[str, Update]:
-        """By layer: the mean direction at the mean norm, or the mean where there is none."""
-        means = sums.take_means()
-        directions, lengths = sums.take_directions()
-        for name, length in lengths.items():
-            if length >= _BALANCED * sums.weight:
-                means[name] = directions[name] * (sums.mean_norm(name) / length)
-        return means
+    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
+        """See ``FromInnerProducts.coefficients``."""
+        size, cosine = norms(products), cosines(products)
+        length = float((weights @ cosine @ weights).clamp(min=0).sqrt())
+        if length < _BALANCED:
+            return weights
+        directions = torch.where(size > 0, weights / size.clamp(min=1e-300), 0.0)
+        return float(weights @ size) / length * directions

@@ -20,14 +20,19 @@ from strategies.dare import Dare, Della
 from strategies.fedavg import FedAvg
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFA
+from strategies.fisher import Fisher
+from strategies.hetlora import HetLoRA
 from strategies.karcher import Karcher
 from strategies.krum import Krum
 from strategies.lines import Lines
+from strategies.lora_fair import LoraFair
 from strategies.median import Median, TrimmedMean
 from strategies.model_stock import ModelStock
+from strategies.noise_aware import NoiseAware
 from strategies.norm_bound import NormBound
 from strategies.norm_weighted import NormWeighted
 from strategies.product_mean import ProductMean
+from strategies.regmean import RegMean
 from strategies.rolora import RoLoRA
 from strategies.slerp import Slerp
 from strategies.task_arithmetic import TaskArithmetic
@@ -35,11 +40,12 @@ from strategies.ties import Ties
 
 GROUP = "wardround.strategies"
 OURS: tuple[type[Strategy], ...] = (
-    ProductMean, FedAvg, FFA, RoLoRA, FedSVD,
+    ProductMean, FedAvg, FFA, RoLoRA, FedSVD, HetLoRA, LoraFair,
     TaskArithmetic, Slerp, Karcher, ModelStock, NormWeighted,
     Ties, Dare, Della, Breadcrumbs,
     CoreTies, Knots, TsvM, IsoC,
-    Median, TrimmedMean, Krum, NormBound,
+    Median, TrimmedMean, Krum, NormBound, NoiseAware,
+    Fisher, RegMean,
     Lines,
 )  # fmt: skip
 
@@ -62,8 +68,28 @@ def strategies() -> dict[str, type[Strategy]]:
 
 
 def require_strategy(settings: TrainingSettings) -> None:
-    """Return when the settings' strategy can be made and fits what is trained. ConfigError."""
-    create(settings.strategy.name, settings.strategy.parameters, settings.adapter.train)
+    """Return when the settings' strategy can be made, fits what is trained, and can be paid for.
+
+    Raises ConfigError.
+    """
+    chosen = settings.strategy
+    strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
+    if strategy.statistics and not settings.privacy.enabled:
+        raise ConfigError(
+            f"strategy={chosen.name}: needs {strategy.statistics} statistics, which hospitals "
+            "release only noised and charged to a privacy budget; take privacy=patient_eps8, or "
+            "another strategy"
+        )
+    if strategy.declared.noise and settings.optimizer.name != "sgd":
+        raise ConfigError(
+            f"strategy={chosen.name}: the noise of an adapter is known under plain SGD only; take "
+            "optimizer=sgd, or another strategy"
+        )
+    if strategy.statistics and settings.adapter.freeze_half:
+        raise ConfigError(
+            f"strategy={chosen.name}: needs statistics of every layer; take "
+            "adapter.freeze_half=false, or another strategy"
+        )
 
 
 def create(

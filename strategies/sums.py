@@ -13,10 +13,11 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
-from adapters.lowrank import LowRank, weighted_sum
+from adapters.lowrank import Dense, LowRank, weighted_sum
 
 Update = LowRank | Tensor  # a layer's merged dW: as factors, or dense (m, n) where it has full rank
 Updates = dict[str, Update]
@@ -38,6 +39,12 @@ class ProductSum:
 
     def add(self, update: LowRank, c: float) -> None:
         """Add ``c`` times ``update``. One that shares a factor with the last costs no rank."""
+        if isinstance(update, Dense):
+            self._multiply_out()
+            if self._dense is None:
+                self._dense = torch.zeros(update.shape, dtype=torch.float64)
+            self._dense.add_(update.matrix, alpha=c)
+            return
         if self._parts and (both := self._with_last(update, c)) is not None:
             self._parts[-1], self._coefficients[-1] = both, 1.0
             return

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import dense, elected, fused, scaled, trimmed
+from strategies.entries import Agreeing, dense, elected, fused, scaled, trimmed
 
 
 class Ties(Strategy):
@@ -26,6 +26,7 @@ class Ties(Strategy):
     density: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of entries kept
     scope: Literal["layer", "model"] = "model"  # in which the largest are sought
     election: Literal["weighted", "unweighted"] = "weighted"
+    agreeing: Agreeing = "mean"  # the paper's; what agrees may be summed instead
     strength: Annotated[float, Field(gt=0, le=10)] = 1.0  # the paper's lambda
 
     def combine(
@@ -34,7 +35,7 @@ class Ties(Strategy):
         """See ``Strategy.combine``."""
         kept = trimmed(dense(adapters), self.density, self.scope)
         merged = {
-            name: fused(own, weights, elected(own, weights, self.election))
+            name: fused(own, weights, elected(own, weights, self.election), self.agreeing)
             for name, own in kept.items()
         }
         return scaled(merged, self.strength)

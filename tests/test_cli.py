@@ -19,7 +19,7 @@ import wardround
 from conf.load import groups
 from server.run_folder import RunFolder
 
-ALL = ["simulate", "server", "client", "align", "evaluate", "ledger", "audit"]
+ALL = ["simulate", "server", "client", "align", "merge", "evaluate", "ledger", "audit"]
 
 
 def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
@@ -48,7 +48,8 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_is_readable(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, *filter(None, [command]))
     lines = text.splitlines()
-    assert text.startswith(f"usage: wardround {command or 'COMMAND'} [key=value ...]")
+    takes = "FILE.yaml OUT_DIR" if command == "merge" else "[key=value ...]"
+    assert text.startswith(f"usage: wardround {command or 'COMMAND'} {takes}")
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 40  # one screen
     assert not re.search(r"\[-\w|\{\w+,|None|<|Namespace", text)  # what argparse says by itself
@@ -68,7 +69,7 @@ def test_each_help_shows_how_to_call_it(command: str, capsys: pytest.CaptureFixt
     text = shown(capsys, command)
     examples = [line for line in text.splitlines() if line.startswith(f"  wardround {command}")]
     assert examples
-    assert "conf/" in text
+    assert ("docs/offline-merging.md" if command == "merge" else "conf/") in text
     assert ("--multirun" in text) == (command == "simulate")
 
 
@@ -96,6 +97,8 @@ def test_the_examples_in_the_help_are_valid(tmp_path: Path) -> None:
             if not line.startswith(f"  wardround {name}"):
                 continue
             words = re.split(r" {3,}", line.strip())[0].split()[2:]
+            if name == "merge":  # no options; its example of a recipe is checked with recipes
+                continue
             options = [w.replace("HOST:PORT", "host:1") for w in words if "=" in w]
             for job in sweep(options) if "--multirun" in words else [options]:
                 load(name, job, kinds[name])  # type: ignore[arg-type]

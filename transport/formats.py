@@ -12,7 +12,7 @@ What comes in is checked in every respect before it is used: names, types, shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,16 +26,16 @@ _LARGEST = 1e6  # scale; no trained factor comes near
 
 
 def encode(
-    tensors: Mapping[str, Tensor], wire: Wire, exact: str | None = None
+    tensors: Mapping[str, Tensor], wire: Wire, exact: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """What travels in place of ``tensors``, by name; names that end with ``exact`` as float32.
+    """What travels in place of ``tensors``, by name; those in ``exact`` as float32.
 
     A tensor (r, n) or (m, r) becomes one of the same name and shape, and its r scales, float32,
     under NAME.scale. Raises ValueError where an entry is too large for that.
     """
     out = {}
     for name, tensor in tensors.items():
-        if wire == "float32" or (exact and name.endswith(exact)):
+        if wire == "float32" or name in exact:
             out[name] = tensor.float()
             continue
         x = tensor.double()
@@ -49,13 +49,15 @@ def encode(
     return out
 
 
-def decode(arrays: Mapping[str, Tensor], wire: Wire, exact: str | None = None) -> dict[str, Tensor]:
+def decode(
+    arrays: Mapping[str, Tensor], wire: Wire, exact: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Inverse of ``encode`` up to rounding, float32: the same bits wherever it is done.
 
     Raises ValueError, in fixed words, unless everything is as ``encode`` would have sent it.
     """
-    plain = {n: t for n, t in arrays.items() if wire == "float32" or not n.endswith(_SCALE)}
-    rounded = [n for n in plain if wire != "float32" and not (exact and n.endswith(exact))]
+    plain = {name: arrays[name] for name in factor_names(arrays, wire)}
+    rounded = [n for n in plain if wire != "float32" and n not in exact]
     if len(arrays) != len(plain) + len(rounded):
         raise ValueError("factors missing or unexpected")
     out = {}
@@ -75,6 +77,11 @@ def decode(arrays: Mapping[str, Tensor], wire: Wire, exact: str | None = None) -
         _require(bool((q.abs() <= _LIMIT[wire]).all()), "factors beyond their scale")
         out[name] = q * _along(scale, name)
     return out
+
+
+def factor_names(arrays: Iterable[str], wire: Wire) -> list[str]:
+    """The names of arrays that are factors, not scales."""
+    return [name for name in arrays if wire == "float32" or not name.endswith(_SCALE)]
 
 
 def _axis(name: str) -> int:

@@ -1,9 +1,10 @@
 """Messages between coordinator and hospital, as Flower records.
 
 Down: the global adapter ("adapter") and the plan as JSON ("plan"). Up: the uploaded factors
-("adapter") and the facts the gate released ("facts"), or a refusal ("refusal").
+("adapter"), the facts the gate released ("facts") and statistics where the plan asks for them
+("statistics"), or a refusal ("refusal").
 
-The plan says how tensors travel (``transport.formats``). In another format than float32 the upload
+The plan says how factors travel (``transport.formats``). In another format than float32 the upload
 is the change of the trained part since the task arrived, rounded. Down, a frozen factor is exact,
 because all hospitals must share it; of the trained one each hospital gets a rounded copy to start
 from, and the coordinator adds the changes to its own exact one: no rounding of it ever stays.
@@ -21,8 +22,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from adapters.trained_part import frozen_suffix, to_travel
-from transport.formats import decode, encode
+from transport.formats import decode, encode, factor_names
 
 
 def pack_task(plan: TrainingPlan, adapter: Adapter) -> RecordDict:
@@ -31,7 +31,7 @@ def pack_task(plan: TrainingPlan, adapter: Adapter) -> RecordDict:
         {
             "plan": ConfigRecord({"json": plan.model_dump_json()}),
             "adapter": ArrayRecord(
-                encode(adapter.tensors(), plan.wire, frozen_suffix(plan.upload))
+                encode(adapter.tensors(), plan.wire, plan.travels_exactly(adapter.tensors()))
             ),
         }
     )
@@ -48,28 +48,35 @@ def unpack_task(content: RecordDict) -> tuple[TrainingPlan, Adapter]:
         raise
     except Exception as problem:  # bytes that are no array fail in many ways
         raise ValueError(f"malformed task ({type(problem).__name__})") from None
-    decoded = decode(tensors, plan.wire, frozen_suffix(plan.upload))
+    decoded = decode(tensors, plan.wire, plan.travels_exactly(factor_names(tensors, plan.wire)))
     adapter = Adapter.from_tensors(decoded, plan.spec)
     if not adapter.is_finite():
         raise ValueError("the adapter holds NaN or infinity")
     return plan, adapter
 
 
-def pack_result(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> RecordDict:
+def pack_result(
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    statistics: Mapping[str, Tensor] | None = None,
+) -> RecordDict:
     """Records of a round's result, hospital to coordinator."""
-    return RecordDict(
+    records = RecordDict(
         {
             "adapter": ArrayRecord(dict(tensors)),
             "facts": ConfigRecord({"json": json.dumps(dict(facts))}),
         }
     )
+    if statistics:
+        records["statistics"] = ArrayRecord(dict(statistics))
+    return records
 
 
 def change(
     trained: Mapping[str, Tensor], received: Adapter, plan: TrainingPlan
 ) -> dict[str, Tensor]:
     """By how much the trained part, as ``to_travel`` names it, differs from what was received."""
-    before = to_travel(received, plan.upload, plan.seed)
+    before = plan.to_travel(received)
     return {name: tensor.double() - before[name].double() for name, tensor in trained.items()}
 
 
@@ -84,7 +91,7 @@ def unpack_upload(
     decoded = decode(arrays, plan.wire)
     if plan.wire == "float32":
         return decoded
-    before = to_travel(sent, plan.upload, plan.seed)
+    before = plan.to_travel(sent)
     if set(decoded) != set(before):
         raise ValueError("factors missing or unexpected")
     if any(decoded[name].shape != tensor.shape for name, tensor in before.items()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from fnmatch import fnmatchcase
 
+from adapters.chosen_layers import chosen_layers
 from adapters.plan import TrainingPlan
 from client.privacy.microbatch import bucket
 from client.refusal import Reason, Refusal
@@ -28,6 +29,10 @@ def authorise(plan: TrainingPlan, policy: SitePolicy, now: datetime) -> None:
     if allowed and plan.base_model not in allowed:
         raise Refusal(Reason.MODEL_MISMATCH, "not in adapter.base_models")
     _within(_adapter(plan, policy.adapter))
+    if not any(fnmatchcase(plan.strategy, pattern) for pattern in policy.adapter.strategies):
+        raise Refusal(Reason.STRATEGY_NOT_ALLOWED, plan.strategy)
+    if plan.statistics and policy.share.statistics == "never":
+        raise Refusal(Reason.STATISTICS_NOT_SHARED, f"{plan.statistics}, for {plan.strategy}")
     if plan.privacy.max_tokens > policy.privacy.max_tokens:
         raise Refusal(Reason.LIMIT_EXCEEDED, f"{plan.privacy.max_tokens} tokens a note")
     if not plan.privacy.enabled:
@@ -58,6 +63,20 @@ def require_model(plan: TrainingPlan, installed: str, longest: int | None) -> No
         )
 
 
+def require_layers(plan: TrainingPlan, policy: SitePolicy, depth: int) -> None:
+    """Return when the plan adapts no more of the model's ``depth`` blocks than is allowed.
+
+    Raises Refusal, also when the plan names blocks that the model does not have.
+    """
+    try:
+        count = len(chosen_layers(plan.adapter.layers, depth))
+    except ValueError as problem:
+        raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
+    most = policy.adapter.max_layers
+    if most is not None and count > most:
+        raise Refusal(Reason.LIMIT_EXCEEDED, f"{count} layers")
+
+
 def require_unit(plan: TrainingPlan, has_patients: bool) -> None:
     """Return when the notes can be told apart by the plan's privacy unit. Raises Refusal."""
     if plan.privacy.enabled and plan.privacy.unit == "patient" and not has_patients:
@@ -71,9 +90,6 @@ def _adapter(plan: TrainingPlan, limits: AdapterLimits) -> dict[str, bool]:
         f"rank {asked.rank}": asked.rank <= limits.max_rank,
         f"targets {asked.targets}": set(asked.targets) <= set(limits.targets),
         f"training of {asked.train}": asked.train in limits.train,
-        f"strategy {plan.strategy[:40]!a}": any(
-            fnmatchcase(plan.strategy, pattern) for pattern in limits.strategies
-        ),
     }
 
 

@@ -22,7 +22,7 @@ hold nothing of how it was computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -51,28 +51,44 @@ def unit_gradients(
     A unit comes when its last note is computed; one whose notes lie in several micro-batches is
     kept until then. A unit without notes has no gradient and does not come.
     """
-    together = _gradients_at_a_time(model)
+    with per_note_gradients(model, engine) as gradients:
+
+        def rows(batch: MicroBatch) -> Tensor:
+            found = gradients(batch.ids, batch.lengths)
+            return torch.cat([found[name].flatten(1) for name in trained_parameters(model)], 1)
+
+        yield from unit_means(units, rows, micro_tokens, units_at_a_time(model))
+
+
+def unit_means(
+    units: Sequence[Unit],
+    rows: Callable[[MicroBatch], Tensor],
+    micro_tokens: int,
+    together: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Each unit's index and the mean of its notes' vectors, float64.
+
+    ``rows`` gives the vectors of a micro-batch, (rows, size); a vector must follow from its note
+    and the shape alone. At most about ``together`` units' vectors exist at a time.
+    """
     parts: dict[int, Tensor] = {}
     missing = [len(unit) for unit in units]
-    with per_note_gradients(model, engine) as gradients:
-        for first, batch in _batches(units, micro_tokens, together):
-            found = gradients(batch.ids, batch.lengths)
-            rows = torch.cat([found[name].flatten(1) for name in trained_parameters(model)], 1)
-            # The notes of a unit are added in the order of their lengths, then of the unit: an
-            # order that depends on that unit alone.
-            for row, place in zip(rows, batch.owners):  # noqa: B905  (empty rows have no owner)
-                owner = first + place
-                own = row.double()
-                if owner in parts:
-                    own += parts.pop(owner)
-                missing[owner] -= 1
-                if missing[owner]:
-                    parts[owner] = own
-                else:
-                    yield owner, own / len(units[owner])
+    for first, batch in _batches(units, micro_tokens, together):
+        # The notes of a unit are added in the order of their lengths, then of the unit: an order
+        # that depends on that unit alone.
+        for row, place in zip(rows(batch), batch.owners):  # noqa: B905  (empty rows have no owner)
+            owner = first + place
+            own = row.double()
+            if owner in parts:
+                own += parts.pop(owner)
+            missing[owner] -= 1
+            if missing[owner]:
+                parts[owner] = own
+            else:
+                yield owner, own / len(units[owner])
 
 
-def _gradients_at_a_time(model: PeftModel) -> int:
+def units_at_a_time(model: PeftModel) -> int:
     """How many notes' or units' gradients may exist at a time: a matter of the adapter's size."""
     return max(1, _HELD // sum(p.numel() for p in trained_parameters(model).values()))
 
@@ -93,7 +109,7 @@ def rehearse(model: PeftModel, max_tokens: int, engine: Engine, micro_tokens: in
     memory raises.
     """
     size = sum(p.numel() for p in trained_parameters(model).values())
-    held = torch.ones(_gradients_at_a_time(model), size, dtype=torch.float64)
+    held = torch.ones(units_at_a_time(model), size, dtype=torch.float64)
     clipped_sum(model, [[[0] * max_tokens], [[0]]], 1.0, engine, micro_tokens)
     del held
 
@@ -116,19 +132,47 @@ def clipped_sum(
     is exact for 4,096 units and more where they do not all point the same way. Raises GradientError
     where the engine cannot handle the model.
     """
-    parameters = trained_parameters(model)
-    sizes = [p.numel() for p in parameters.values()]
-    # A power of two, so that multiplying by it is exact.
-    grid = 2.0 ** (math.floor(math.log2(min(clip_norm, MAX_CLIP_NORM))) - _SUM_GRID)
-    device = next(iter(parameters.values())).device
-    total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    clipped = clipped_gradients(model, units, clip_norm, engine, micro_tokens)
+    return sum_by_parameter(model, clipped, min(clip_norm, MAX_CLIP_NORM))
+
+
+def clipped_gradients(
+    model: PeftModel,
+    units: Sequence[Unit],
+    clip_norm: float,
+    engine: Engine = "fast",
+    micro_tokens: int = 0,
+) -> Iterator[Tensor]:
+    """Unit gradients of norm C at most, (parameters) float64; see ``clipped_sum``.
+
+    One that is not finite does not come: a factor of zero would not do, for 0 * NaN is NaN.
+    """
     for _, gradient in unit_gradients(model, units, engine, micro_tokens) if units else ():
         norm = float(gradient.norm())
-        if math.isfinite(norm):  # else it adds zero; a factor of zero would not do: 0 * NaN is NaN
-            # Truncated towards zero, so that it is never longer than C.
-            total += gradient.mul_(clip_factor(norm, clip_norm) / grid).trunc_()
-    split = (total * grid).split(sizes)
+        if math.isfinite(norm):
+            yield gradient.mul_(clip_factor(norm, clip_norm))
+
+
+def sum_by_parameter(model: PeftModel, vectors: Iterable[Tensor], longest: float) -> Gradient:
+    """``exact_sum`` of vectors of all trained parameters, cut into their shapes, by name."""
+    parameters = trained_parameters(model)
+    sizes = [p.numel() for p in parameters.values()]
+    device = next(iter(parameters.values())).device
+    split = exact_sum(vectors, longest, sum(sizes), device).split(sizes)
     return {n: part.view(p.shape) for part, (n, p) in zip(split, parameters.items(), strict=True)}
+
+
+def exact_sum(vectors: Iterable[Tensor], longest: float, size: int, device: torch.device) -> Tensor:
+    """The sum, without rounding, of float64 vectors of norm ``longest`` at most, (size).
+
+    Each is cut, in place and towards zero, to multiples of a grid that follows from ``longest``: so
+    it does not get longer, and the sum does not depend on the order (see ``clipped_sum``).
+    """
+    grid = 2.0 ** (math.floor(math.log2(longest)) - _SUM_GRID)  # a power of two: division is exact
+    total = torch.zeros(size, dtype=torch.float64, device=device)
+    for vector in vectors:
+        total += vector.div_(grid).trunc_()
+    return total * grid
 
 
 def noised_mean(

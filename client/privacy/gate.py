@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import safetensors.torch
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from adapters.trained_part import frozen_suffix, to_travel
+from adapters.statistics import Statistics, require_statistics
+from adapters.trained_part import frozen_suffix
 from client.privacy.released import (
     COUNT_GRID,
     LOSS_GRID,
@@ -68,24 +69,35 @@ _RULES = {
 }
 
 
+_STATISTICS = "statistics:"  # before their names in a stored reply; no factor's begins with it
+
+
 @dataclass(frozen=True)
 class Outgoing:
-    """What passed the gate: factors to upload and facts beside them."""
+    """What passed the gate: factors to upload, facts beside them, statistics where asked for."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Fact]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Safetensors, with the facts as metadata."""
-        return safetensors.torch.save(self.tensors, {"facts": json.dumps(self.facts)})
+        statistics = {_STATISTICS + name: tensor for name, tensor in self.statistics.items()}
+        return safetensors.torch.save(
+            {**self.tensors, **statistics}, {"facts": json.dumps(self.facts)}
+        )
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Outgoing:
         """Inverse of ``to_bytes``."""
         length = int.from_bytes(content[:8], "little")  # of the header, which is JSON
         facts = json.loads(content[8 : 8 + length])["__metadata__"]["facts"]
-        tensors = sorted(safetensors.torch.load(content).items())  # which come in any order
-        return cls(dict(tensors), json.loads(facts))
+        loaded = sorted(safetensors.torch.load(content).items())  # which come in any order
+        return cls(
+            {name: tensor for name, tensor in loaded if not name.startswith(_STATISTICS)},
+            json.loads(facts),
+            {n.removeprefix(_STATISTICS): t for n, t in loaded if n.startswith(_STATISTICS)},
+        )
 
 
 @dataclass(frozen=True)
@@ -97,9 +109,29 @@ class Gate:
     received: Adapter
     charge: Charge | None
 
-    def release(self, trained: Released[Adapter], facts: Mapping[str, Released[Fact]]) -> Outgoing:
+    def release(
+        self,
+        trained: Released[Adapter],
+        facts: Mapping[str, Released[Fact]],
+        statistics: Released[Statistics] | None = None,
+    ) -> Outgoing:
         """What leaves. Raises Refusal, and lets nothing out, when any value is not allowed to."""
-        return Outgoing(self._tensors(trained), self._facts(facts))
+        return Outgoing(self._tensors(trained), self._facts(facts), self._statistics(statistics))
+
+    def _statistics(self, statistics: Released[Statistics] | None) -> dict[str, Tensor]:
+        """Those that the plan asks for, and no others; noised and paid for, without exception."""
+        if statistics is None:
+            _require(self.plan.statistics is None, "statistics are missing")
+            return {}
+        _require(isinstance(statistics, Released), "statistics without provenance")
+        _require(self.policy.share.statistics == "noised", "statistics are not shared")
+        self._require_origin("statistics", statistics.provenance, "statistics")
+        plan, found = self.plan, statistics.value
+        try:
+            require_statistics(found, plan.statistics, self.received, plan.upload, plan.seed)
+        except ValueError as problem:
+            raise Refusal(Reason.OUTBOUND_REFUSED, str(problem)) from None
+        return dict(found)
 
     def _tensors(self, trained: Released[Adapter]) -> dict[str, Tensor]:
         """The trained part, float32.
@@ -116,14 +148,16 @@ class Gate:
         before = self.received.tensors()
         tensors = trained.value.tensors()
         frozen = frozen_suffix(plan.upload)
+        trained_layers = plan.trained_layers(self.received.layers)
         _require(set(tensors) == set(before), "factors missing or unexpected")
         for name, tensor in tensors.items():
             _require(tensor.shape == before[name].shape, f"shape of {name}")
             _require(tensor.dtype == torch.float32, f"{name} is {tensor.dtype}")
             _require(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
-            if frozen and name.endswith(frozen):
+            layer = name.rpartition(".lora_")[0]
+            if layer not in trained_layers or (frozen and name.endswith(frozen)):
                 _require(tensor.equal(before[name]), f"frozen factor {name} moved")
-        return to_travel(trained.value, plan.upload, plan.seed)
+        return plan.to_travel(trained.value)
 
     def _facts(self, facts: Mapping[str, Released[Fact]]) -> dict[str, Fact]:
         out = {}

@@ -67,8 +67,13 @@ def step_noise(charged: float, share: ShareLimits) -> StepNoise:
 
 
 def charges(plan: TrainingPlan, share: ShareLimits) -> tuple[frozenset[str], History]:
-    """Mechanisms of this round, by name, and what is charged for them beside its steps."""
+    """Mechanisms of this round, by name, and what is charged for them beside its steps.
+
+    Statistics are one more step (``TrainingPlan.charged_steps``), so nothing beside them.
+    """
     names, events = {"gradient"}, []
+    if plan.statistics:
+        names.add("statistics")
     if share.losses == "noised":
         names.add("loss")
     if share.counts == "noised" and plan.round == 1:

@@ -20,6 +20,22 @@ def test_steps_left_count_this_round_and_all_that_follow() -> None:
     assert left == [12, 8, 4]
 
 
+def test_statistics_count_as_one_more_step_a_round() -> None:
+    plans = [plan_round(SETTINGS, "run", n, PRINT, "gram") for n in (1, 2, 3)]
+    assert [plan.steps_left for plan in plans] == [15, 10, 5]
+    assert {plan.charged_steps for plan in plans} == {5}
+    assert plan_round(SETTINGS, "run", 1, PRINT).charged_steps == 4
+    rates = [plan_round(SETTINGS, "run", 3, PRINT).learning_rate(3), plans[2].learning_rate(3)]
+    assert rates[0] == rates[1]  # but they move nothing
+
+
+def test_statistics_without_privacy_are_no_plan() -> None:
+    raw = plan_round(SETTINGS, "run", 1, PRINT, "fisher").model_dump()
+    raw["privacy"]["enabled"] = False
+    with pytest.raises(ValidationError, match="statistics leave noised only"):
+        TrainingPlan.model_validate(raw)
+
+
 def test_learning_rate_decays_linearly_over_the_whole_plan() -> None:
     plans = [plan_round(SETTINGS, "run", n, PRINT) for n in (1, 2, 3)]
     rates = [plan.learning_rate(step) for plan in plans for step in range(4)]
@@ -36,7 +52,14 @@ def test_plan_survives_the_wire() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"base_model": "x"}, {"run": "../up"}, {"round": 0}, {"notes": "all"}]
+    "change",
+    [
+        {"base_model": "x"},
+        {"run": "../up"},
+        {"round": 0},
+        {"notes": "all"},
+        {"statistics": "hessian"},
+    ],
 )
 def test_impossible_plans_are_refused(change: dict[str, object]) -> None:
     raw = plan_round(SETTINGS, "run", 1, PRINT).model_dump() | change

@@ -149,6 +149,21 @@ def test_a_plan_is_priced_with_what_the_policy_adds_to_it(
     assert "shares noised are counted in" in text
 
 
+def test_statistics_are_priced_as_one_more_step_a_round(
+    policy: Callable[..., SitePolicy], person: Person
+) -> None:
+    size = ("plan.rounds=3", "plan.local_steps=2", "plan.sampling_rate=1", "plan.statistics=true")
+    person.site.write_text(yaml.safe_dump(policy().model_dump(mode="json")))
+    refused = person.types("plan", *size, code=2)
+    assert "plan.statistics=true: share.statistics of " in refused
+    assert "is never, so such a plan is refused" in refused
+    own = policy(share={"statistics": "noised"})
+    person.site.write_text(yaml.safe_dump(own.model_dump(mode="json")))
+    text = person.types("plan", *size, "plan.noise_multiplier=9")
+    after = epsilon((GaussianSteps(1.0, 9.0, 9),), 1e-5)
+    assert f"3 x 3 steps at q=1 (statistics are one of them), noise 9: epsilon {after:.3f}" in text
+
+
 def test_a_plan_is_priced_on_top_of_what_was_spent(spent: SitePolicy, person: Person) -> None:
     size = ("plan.rounds=3", "plan.local_steps=2", "plan.sampling_rate=1")
     history = (CHARGE,) * 3

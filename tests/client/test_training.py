@@ -203,9 +203,14 @@ def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
         train_round(plan(), starting_point[0], own)
 
 
-@pytest.mark.parametrize("notes", [1, 2])
+@pytest.mark.parametrize(("notes", "half"), [(1, False), (2, False), (2, True)])
 def test_one_patient_moves_the_adapter_by_the_clip_norm_at_most(
-    notes: int, policy: MakePolicy, plan: MakePlan, starting_point: Start, tmp_path: Path
+    notes: int,
+    half: bool,
+    policy: MakePolicy,
+    plan: MakePlan,
+    starting_point: Start,
+    tmp_path: Path,
 ) -> None:
     """One step, one patient, no noise: what moves is the clipped gradient and nothing else."""
     patient = next(p for p in map(str, range(99)) if split_units({p: ()}, 0.2)[0])
@@ -216,13 +221,64 @@ def test_one_patient_moves_the_adapter_by_the_clip_norm_at_most(
 
     def moved(clip_norm: float) -> float:
         privacy = {"enabled": False, "clip_norm": clip_norm, "max_notes_per_unit": 2}
-        asked = plan(local_steps=1, privacy=privacy, optimizer={"learning_rate": 20.0})
+        asked = plan(
+            local_steps=1,
+            privacy=privacy,
+            optimizer={"learning_rate": 20.0},
+            adapter={"freeze_half": half},
+        )
         return float(flat(train_round(asked, starting_point[0], site).tensors).norm())
 
     unclipped = moved(1e6)  # the rate and the denominator, 20, cancel
     for clip_norm in (unclipped / 100, unclipped / 3):
         assert moved(clip_norm) == pytest.approx(clip_norm, rel=1e-4)
     assert moved(unclipped * 2) == pytest.approx(unclipped, rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["fast", "opacus"])
+@pytest.mark.parametrize("part", ["B", "A", "both", "core"])
+def test_a_half_gets_the_gradient_it_would_get_in_the_whole_and_only_it_travels(
+    part: str, engine: str, policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    """One step that nothing clips, so that what is frozen has no influence on what is not."""
+    own = policy(privacy=OPEN, compute={"engine": engine})
+    start = starting_point[0]
+    if part == "A":  # its gradient is zero where B is
+        layers = {n: LowRank(x.B + 0.1, x.A) for n, x in start.layers.items()}
+        start = Adapter(start.spec, layers)
+
+    def sent(half: bool) -> tuple[TrainingPlan, dict[str, Tensor]]:
+        asked = plan(
+            local_steps=1,
+            upload=part,
+            adapter={"train": part, "freeze_half": half},
+            privacy={**OFF, "clip_norm": 1e6},
+        )
+        return asked, train_round(asked, start, own).tensors
+
+    _, whole = sent(False)
+    asked, half = sent(True)
+    trained = asked.trained_layers(start.layers)
+    assert len(trained) == 2
+    names = {name for name in whole if name.rpartition(".lora_")[0] in trained}
+    assert set(half) == names < set(whole)
+    for name in names:
+        assert torch.allclose(half[name], whole[name], rtol=1e-4, atol=1e-7)
+    untrained = asked.to_travel(start)
+    assert any(not half[name].equal(untrained[name]) for name in names)
+
+
+def test_every_number_of_a_private_half_is_noised_and_no_other_moves(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    received, asked = starting_point[0], plan(adapter={"freeze_half": True})
+    after = asked.joined(received, train_round(asked, received, policy()).tensors)
+    trained = asked.trained_layers(received.layers)
+    for name, layer in after.layers.items():
+        was = received.layers[name]
+        assert layer.A.equal(was.A)
+        assert bool((layer.B != was.B).all()) == (name in trained)
+        assert bool((layer.B != was.B).any()) == (name in trained)
 
 
 # --- what a seed decides, and what a cut does not ----------------------------------------------

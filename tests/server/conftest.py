@@ -49,7 +49,7 @@ class LocalGrid(Grid):
             node = message.metadata.dst_node_id
             message_id = f"message-{len(self.asked)}"
             message.metadata.__dict__["_message_id"] = message_id
-            self.asked.append((int(message.metadata.group_id), node))
+            self.asked.append((int(message.metadata.group_id or 0), node))
             if reply := self.hospitals[node](message):
                 self._replies[message_id] = reply
             ids.append(message_id)
@@ -58,10 +58,11 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
-    def send_and_receive(self, *_: Any, **__: Any) -> Iterable[Message]:
-        raise NotImplementedError
+    def send_and_receive(self, messages: Iterable[Message], **_: Any) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
 
-    create_message = send_and_receive  # type: ignore[assignment]
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError

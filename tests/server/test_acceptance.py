@@ -15,6 +15,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
 from adapters.plan import TrainingPlan, plan_round
+from adapters.statistics import MeasuredAdapter
 from conf.load import load
 from conf.schema import RunSettings
 from server.acceptance import Accepted, LeftOut, accept, one_reply_each
@@ -197,6 +198,54 @@ def test_a_reply_without_its_records_is_left_out() -> None:
     swapped = RecordDict({"facts": ArrayRecord(GOOD), "adapter": ConfigRecord({"json": "{}"})})
     assert reason(answer(swapped)) == "malformed reply"
     assert reason(answer(RecordDict())) == "malformed reply"
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+GRAM = PLAN.model_copy(update={"statistics": "gram"})
+FISHER = PLAN.model_copy(update={"statistics": "fisher"})
+GRAMS = {"layer.q": torch.eye(2), "layer.v": torch.tensor([[2.0, 0.5], [0.5, -1.0]])}
+
+
+def measured(statistics: dict[str, Tensor] | ArrayRecord) -> Message:
+    """A good reply with these statistics."""
+    content = pack_result(GOOD, {"site": "east"})
+    record = statistics if isinstance(statistics, ArrayRecord) else ArrayRecord(statistics)
+    content["statistics"] = record
+    return answer(content)
+
+
+def test_statistics_that_were_asked_for_come_with_the_adapter() -> None:
+    one = accepted(measured(GRAMS), GRAM)
+    assert isinstance(one.adapter, MeasuredAdapter)
+    assert all(one.adapter.statistics[name].equal(gram) for name, gram in GRAMS.items())
+    assert one.bytes_up > accepted(result(GOOD)).bytes_up
+    assert isinstance(accepted(measured(GOOD), FISHER).adapter, MeasuredAdapter)
+    assert not isinstance(accepted(result(GOOD)).adapter, MeasuredAdapter)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "plan", "said"),
+    [
+        (GRAMS, PLAN, "statistics missing or unexpected"),
+        (GRAMS, FISHER, "statistics missing or unexpected"),
+        ({"layer.q": torch.eye(2)}, GRAM, "statistics missing or unexpected"),
+        (GRAMS | {"layer.q": torch.eye(3)}, GRAM, "statistics of another shape"),
+        (GRAMS | {"layer.q": torch.eye(2).double()}, GRAM, "statistics not float32"),
+        (GRAMS | {"layer.q": torch.eye(2) * float("inf")}, GRAM, "statistics hold NaN or infinity"),
+        (GRAMS | {"layer.q": torch.eye(2) * 1e7}, GRAM, "statistics impossibly large"),
+        (GRAMS | {"layer.q": torch.ones(2, 2).triu()}, GRAM, "statistics not symmetric"),
+        (ArrayRecord({"x": Array("f", (1,), "numpy", b"?")}), GRAM, "malformed reply"),
+    ],
+)
+def test_statistics_that_cannot_be_used_leave_the_hospital_out(
+    statistics: Any, plan: TrainingPlan, said: str
+) -> None:
+    assert reason(measured(statistics), plan) == said
+
+
+def test_a_reply_without_the_statistics_is_left_out() -> None:
+    assert reason(result(GOOD), GRAM) == "statistics missing or unexpected"
 
 
 # --- no result ---------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.schema import TrainedFactors
 from server.release_card import (
     AlignmentFacts,
     HospitalFacts,
@@ -58,6 +60,15 @@ def test_front_matter_is_that_of_a_peft_adapter(tmp_path: Path) -> None:
     assert facts["library_name"] == "peft"
     assert "differential-privacy" in facts["tags"]
     assert "license" not in facts
+
+
+def test_card_says_which_factors_were_trained_in_which_layers(tmp_path: Path) -> None:
+    text = card(tmp_path, FACTS)
+    assert "on q\\_proj, v\\_proj; hospitals trained factor B, with a shared and frozen A |" in text
+    text = card(tmp_path, replace(FACTS, trained="A", layers=(28, 29)))
+    assert "in layers 28, 29; hospitals trained factor A, with a shared and frozen B |" in text
+    told = {card(tmp_path, replace(FACTS, trained=part)) for part in get_args(TrainedFactors)}
+    assert len(told) == len(get_args(TrainedFactors))
 
 
 def test_card_states_every_fact(tmp_path: Path) -> None:

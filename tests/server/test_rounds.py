@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 from flwr.app import ArrayRecord, Error, Message, RecordDict
+from safetensors.torch import load_file
 
 from adapters import lora
 from adapters.adapter import Adapter
 from adapters.base_model import load_base
 from adapters.plan import plan_round
 from adapters.scoring import score_texts
+from adapters.statistics import MeasuredAdapter
 from client.privacy.ledger import Ledger
 from conf.schema import ModelSettings, TrainingSettings
 from server.rounds import RoundFailed, federate
 from server.run_folder import RunFolder
+from strategies.base import Draw
 from strategies.merging import merge
 from strategies.registry import create
 from transport.wire import pack_refusal, pack_result, pack_task, size_bytes
@@ -95,6 +98,39 @@ def test_two_rounds_merge_what_the_hospitals_sent_and_learn_from_it(
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.parametrize("train", ["B", "A", "alternate", "both", "core"])
+def test_half_of_an_adapter_in_the_last_layer_is_trained_and_the_rest_stays_as_it_was(
+    train: str, local_grid: Grids, honest: dict[int, Answer], settings: Settings, folder: RunFolder
+) -> None:
+    name = {"A": "rolora", "alternate": "rolora", "both": "ties"}.get(train, "ffa")
+    shape = {"train": train, "layers": "last:1", "freeze_half": True}
+    wanted = settings(strategy={"name": name}, adapter=shape)
+    go(local_grid(honest), wanted, folder)
+    every = {f"model.layers.1.self_attn.{target}_proj" for target in "qv"}
+    for number in (1, 2):
+        record = folder.finished_rounds()[number - 1]
+        assert record["left_out"] == {}
+        before = Adapter.load(folder.adapter_folder(number - 1))
+        assert set(before.layers) == every
+        plan = plan_round(wanted, "run", number, "0" * 64)
+        trained = plan.trained_layers(every)
+        assert len(trained) == 1
+        own = [Adapter.load(folder.adapter_folder(number, site)) for site in SITES]
+        after = Adapter.load(folder.adapter_folder(number))
+        for adapter in (*own, after):
+            for layer, was in before.layers.items():
+                now = adapter.layers[layer]
+                same = now.B.equal(was.B) and now.A.equal(was.A)
+                assert same == (layer not in trained)
+        sizes = [size_bytes(pack_result(plan.to_travel(a), {})) for a in own]
+        assert record["bytes_up"] == sum(sizes)
+        again = merge(
+            create(name), [a.only(trained) for a in own], [1 / 3] * 3, Draw("run", number)
+        )
+        assert again.adapter.fingerprint() == after.only(trained).fingerprint()
+        assert record["mean_cosine"] == again.mean_cosine  # of what was trained, not of the rest
+
+
 def test_a_private_run_ends_within_every_hospitals_budget(
     local_grid: Grids,
     honest: dict[int, Answer],
@@ -110,6 +146,86 @@ def test_a_private_run_ends_within_every_hospitals_budget(
             spent = ledger.spent()
         assert 7.5 < spent <= 8.0
         assert folder.finished_rounds()[1]["facts"][site]["epsilon_spent"] == spent
+
+
+# --- strategies that need statistics -----------------------------------------------------------
+
+
+def share_statistics(sites: Path, *names: str) -> None:
+    for name in names:
+        policy = yaml.safe_load((sites / f"{name}.yaml").read_text())
+        policy["share"] = {"statistics": "noised"}
+        (sites / f"{name}.yaml").write_text(yaml.safe_dump(policy))
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("regmean", "B"), ("regmean", "core"), ("fisher", "alternate")]
+)
+def test_statistics_are_merged_by_and_charged_as_one_more_step(
+    name: str,
+    trained: str,
+    local_grid: Grids,
+    honest: dict[int, Answer],
+    settings: Settings,
+    folder: RunFolder,
+    sites: Path,
+    tmp_path: Path,
+) -> None:
+    share_statistics(sites, *SITES)
+    wanted = settings(privacy=PRIVATE, strategy={"name": name}, adapter={"train": trained})
+    go(local_grid(honest), wanted, folder)
+    for number in (1, 2):
+        own = []
+        for site in SITES:
+            at = folder.adapter_folder(number, site)
+            plain, statistics = Adapter.load(at), load_file(at / "statistics.safetensors")
+            own.append(MeasuredAdapter(plain.spec, plain.layers, statistics))
+        again = merge(create(name), own, [1 / 3] * 3)
+        on_disk = Adapter.load(folder.adapter_folder(number))
+        assert again.adapter.fingerprint() == on_disk.fingerprint()
+        mean = merge(create("rolora"), own, [1 / 3] * 3).adapter
+        assert mean.fingerprint() != on_disk.fingerprint()
+        record = folder.finished_rounds()[number - 1]
+        assert record["left_out"] == {}
+    for site in SITES:
+        with Ledger(tmp_path / f"{site}.sqlite", "invented", 8.0, 1e-5) as ledger:
+            assert [m.steps for m in ledger.history()] == [3, 3]  # two steps a round
+            assert ledger.entries()[0].body["released"] == ["gradient", "statistics"]
+            assert 7.5 < ledger.spent() <= 8.0
+
+
+def test_a_hospital_that_shares_no_statistics_is_left_out_by_a_reason_that_says_so(
+    local_grid: Grids, honest: dict[int, Answer], settings: Settings, folder: RunFolder, sites: Path
+) -> None:
+    share_statistics(sites, "east", "west")
+    go(local_grid(honest), settings(privacy=PRIVATE, strategy={"name": "regmean"}), folder)
+    for record in folder.finished_rounds():
+        assert record["hospitals"] == ["east", "west"]
+        assert record["left_out"] == {"mid": "refused: STATISTICS_NOT_SHARED"}
+
+
+def test_where_nobody_shares_statistics_the_round_fails_and_nobody_pays(
+    local_grid: Grids,
+    honest: dict[int, Answer],
+    settings: Settings,
+    folder: RunFolder,
+    tmp_path: Path,
+) -> None:
+    wanted = settings(privacy=PRIVATE, strategy={"name": "fisher"})
+    with pytest.raises(RoundFailed, match="mid: refused: STATISTICS_NOT_SHARED"):
+        go(local_grid(honest), wanted, folder)
+    assert not list(tmp_path.glob("*.sqlite"))
+
+
+def test_a_hospital_that_forbids_a_strategy_is_left_out_by_a_reason_that_says_so(
+    local_grid: Grids, honest: dict[int, Answer], settings: Settings, folder: RunFolder, sites: Path
+) -> None:
+    policy = yaml.safe_load((sites / "mid.yaml").read_text())
+    policy["adapter"] = {"strategies": ["fedsvd", "rolora"]}
+    (sites / "mid.yaml").write_text(yaml.safe_dump(policy))
+    go(local_grid(honest), settings(), folder)
+    left_out = [record["left_out"] for record in folder.finished_rounds()]
+    assert left_out == [{"mid": "refused: STRATEGY_NOT_ALLOWED"}] * 2
 
 
 # --- hospitals that do not play along ----------------------------------------------------------

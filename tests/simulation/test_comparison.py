@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,9 @@ def test_page_shows_gains_shares_and_differing_keys(
     for folder in folders:
         for gain in gains(load_run(folder)).values():
             assert f'<data value="{gain}">{gain:.3f}</data>' in text
+        merges = load_run(folder).summary.rounds
+        cosine = statistics.fmean(r.mean_cosine for r in merges if r.mean_cosine is not None)
+        assert f'<data value="{cosine}">{cosine:.3f}</data>' in text
     assert "75\N{NO-BREAK SPACE}%" in text
     assert "privacy.enabled" in text
     for same in ("adapter.rank", "hospitals.count", "runs/private"):

@@ -56,6 +56,15 @@ def test_a_mistake_is_told_in_one_line_and_no_hospital_has_trained(
     assert not (folder / "release").exists()
 
 
+def test_a_merge_by_statistics_without_privacy_is_refused_before_there_is_a_run(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wardround.main([*command, "strategy=regmean"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("wardround: strategy=regmean: needs gram statistics, which hospitals")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_targets_of_the_alignment_are_told_apart_from_those_of_the_rounds_and_before_them(
     command: list[str],
     without_ray: list[str],

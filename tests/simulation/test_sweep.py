@@ -12,6 +12,7 @@ from rich.console import Console
 from conf.load import ConfigError, load, sweep
 from conf.schema import RunSettings
 from simulation.sweep import _label, _pooled_reference, run_sweep
+from strategies.registry import require_strategy
 
 WITH_REFERENCE = "evaluation.pooled_reference=true"
 
@@ -86,6 +87,14 @@ def test_the_reference_merges_its_one_site_by_a_strategy_that_can() -> None:
     kept = reference("strategy=ffa")
     assert kept
     assert kept.strategy.name == "ffa"
+
+
+@pytest.mark.parametrize(("train", "mean"), [("B", "product_mean"), ("core", "ffa")])
+def test_the_reference_needs_no_statistics_which_leave_noised_only(train: str, mean: str) -> None:
+    settings = reference("strategy=regmean", "strategy.ridge=2", f"adapter.train={train}")
+    assert settings
+    assert settings.strategy.name == mean
+    require_strategy(settings)
 
 
 def test_the_reference_pools_without_privacy_and_without_alignment() -> None:

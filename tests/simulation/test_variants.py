@@ -14,12 +14,16 @@ from rich.console import Console
 from adapters.adapter import Adapter
 from adapters.base_model import load_base
 from client.notes.load import load_notes
+from client.privacy.ledger import Ledger
 from client.site import read_policy
 from conf.load import load
+from conf.policy import ShareLimits, SitePolicy
 from conf.schema import RunSettings
+from server.rounds import RoundFailed
 from server.run_folder import RunFolder
 from simulation.evaluate import score
 from simulation.run import simulate
+from simulation.sites import site_policy
 
 Run = Callable[..., tuple[RunFolder, dict[str, Any], str]]
 SITES = ["east", "mid", "west"]
@@ -85,6 +89,34 @@ def test_a_seed_does_not_decide_the_noise(go: Run) -> None:
         for name in SITES:
             sent = [Adapter.load(folder.adapter_folder(number, name)) for folder in (one, two)]
             assert sent[0].fingerprint() != sent[1].fingerprint()
+
+
+def test_two_hospitals_are_merged_by_statistics_that_their_ledgers_have_paid_for(go: Run) -> None:
+    folder, summary, _ = go(
+        "measured", "strategy=regmean", "hospitals.count=2", "federation.rounds=2",
+        "federation.local_steps=2", "federation.min_hospitals=2", "evaluation.alone=true",
+    )  # fmt: skip
+    assert len(summary["hospitals"]) == 2
+    for name, hospital in summary["hospitals"].items():
+        policy = read_policy(folder.path / "sites" / f"{name}.yaml")
+        with Ledger.of(policy) as ledger:
+            charged = ledger.history()
+            assert hospital["epsilon"] == ledger.spent() <= 8.0
+        assert [mechanism.steps for mechanism in charged] == [3, 3]
+        assert (folder.adapter_folder(2, name) / "statistics.safetensors").exists()
+        assert hospital["perplexity"]["local"] > 0  # alone it needs none, and still fits the budget
+    assert (folder.path / "report.html").exists()
+
+
+def test_hospitals_whose_policy_shares_no_statistics_end_the_run_by_a_reason(
+    go: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*arguments: Any) -> SitePolicy:
+        return site_policy(*arguments).model_copy(update={"share": ShareLimits()})
+
+    monkeypatch.setattr("simulation.sites.site_policy", silent)
+    with pytest.raises(RoundFailed, match="east: refused: STATISTICS_NOT_SHARED"):
+        go("silent", "strategy=regmean")
 
 
 def test_without_privacy_no_ledger_is_opened_and_the_run_says_so(go: Run) -> None:

@@ -156,6 +156,75 @@ def test_peft_adds_cross_terms_where_it_merges_factors() -> None:
     assert gap(B @ A, exact) > 0.3
 
 
+# --- means of factors ---------------------------------------------------------------------------
+
+
+def test_hetlora_is_the_mean_of_padded_factors_by_norm() -> None:
+    g = torch.Generator().manual_seed(4)
+    own = [
+        Adapter(
+            AdapterSpec(r, 3.0, ("q",)),
+            {"q": LowRank(torch.randn(12, r, generator=g), torch.randn(r, 10, generator=g))},
+        )
+        for r in (1, 3, 2)
+    ]
+    sizes = torch.tensor(WEIGHTS) * torch.stack([dense(a).norm() for a in own])
+    shares = sizes / sizes.sum()
+    B, A = torch.zeros(12, 3, dtype=torch.float64), torch.zeros(3, 10, dtype=torch.float64)
+    for share, one in zip(shares, own, strict=True):
+        r = one.spec.rank
+        for column in range(r):
+            B[:, column] += share * one.spec.scale * one.layers["q"].B[:, column]
+            A[column] += share * one.layers["q"].A[column]
+    assert gap(ours("hetlora", own, WEIGHTS), B @ A) < 1e-6
+    exact = ours("product_mean", own, WEIGHTS)
+    assert gap(ours("hetlora", own, WEIGHTS), exact) > 0.1  # the bias that it declares
+    assert not create("hetlora").declared.exact
+
+
+@pytest.mark.parametrize("ridge", [0.001, 0.3])
+def test_lora_fair_solves_its_least_squares_problem_and_keeps_the_mean_of_a(ridge: float) -> None:
+    own = hospitals()
+    exact = ours("product_mean", own, WEIGHTS)
+    mean = create("fedavg").combine(own, WEIGHTS, Draw())["q"]
+    found = create("lora_fair", {"ridge": ridge}).combine(own, WEIGHTS, Draw())["q"]
+    assert isinstance(mean, LowRank)
+    assert isinstance(found, LowRank)
+    assert found.A.equal(mean.A)
+    c = ridge * float(mean.A.square().sum(1).mean())
+    # Least squares over the stack of the gap and the penalty, column by column of dB^T.
+    left = torch.cat([mean.A.T, c**0.5 * torch.eye(2, dtype=torch.float64)])
+    right = torch.cat([(exact - mean.dense()).T, torch.zeros(2, 12, dtype=torch.float64)])
+    expected = mean.B + torch.linalg.lstsq(left, right).solution.T
+    assert gap(found.B, expected) < 1e-9
+    assert gap(found.dense(), exact) < gap(mean.dense(), exact)
+
+
+@pytest.mark.parametrize("ridge", [0.001, 10.0])
+def test_lora_fair_is_the_exact_mean_under_a_shared_a(ridge: float) -> None:
+    own = hospitals()
+    shared = [Adapter(a.spec, {"q": LowRank(a.layers["q"].B, own[0].layers["q"].A)}) for a in own]
+    exact = ours("product_mean", shared, WEIGHTS)
+    assert gap(ours("lora_fair", shared, WEIGHTS, ridge=ridge), exact) < 1e-12
+
+
+def test_what_flora_and_fedex_compute_is_the_mean_of_products_at_full_rank() -> None:
+    own = hospitals()
+    s = own[0].spec.scale
+    stacked = torch.cat([s * a.layers["q"].B for a in own], 1) @ torch.cat(
+        [w * a.layers["q"].A for a, w in zip(own, WEIGHTS, strict=True)]
+    )
+    B = sum(w * a.layers["q"].B.double() for a, w in zip(own, WEIGHTS, strict=True))
+    A = sum(w * a.layers["q"].A.double() for a, w in zip(own, WEIGHTS, strict=True))
+    residual = sum(
+        w * s * (a.layers["q"].B - B) @ (a.layers["q"].A - A)
+        for a, w in zip(own, WEIGHTS, strict=True)
+    )
+    found = dense(merge(create("product_mean"), own, WEIGHTS, rank=6).adapter)
+    assert gap(found, stacked.double()) < 1e-6
+    assert gap(found, s * B @ A + residual) < 1e-6
+
+
 # --- spectral ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,16 +13,18 @@ from hypothesis import strategies as st
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
+from adapters.statistics import MeasuredAdapter
 from conf.load import ConfigError, groups, load
 from conf.schema import RunSettings
-from strategies.base import Draw, MergeError, Strategy
+from strategies.base import Draw, MergeError, Noise, Strategy
 from strategies.merging import Merge, merge
 from strategies.registry import OURS, create
 
 TARGETS = ("q", "v")
 SHAPES = {"layers.0.q": (9, 7), "layers.1.v": (6, 8)}
 NAMES = [kind.name for kind in OURS]
-SHARED = {"ffa", "fedsvd", "rolora"}  # need the same A
+SHARED = {"ffa", "fedsvd", "rolora", "regmean", "fisher", "noise_aware"}  # need the same A
+ONE_RANK = {"fedavg", "lora_fair"}  # average factors
 RANDOM = {"dare", "della"}  # masks follow from the content
 
 
@@ -42,9 +45,28 @@ def hospitals(count: int, seed: int, shared: bool, ranks: tuple[int, ...] = (3,)
     return made
 
 
+def measured(adapters: list[Adapter], kind: str) -> list[Adapter]:
+    """The same with random statistics of that kind, float32, as their hospitals would send."""
+    g = torch.Generator().manual_seed(8)
+    made: list[Adapter] = []
+    for a in adapters:
+        if kind == "gram":
+            z = {n: torch.randn(20, x.rank, generator=g) for n, x in a.layers.items()}
+            statistics = {n: own.T @ own for n, own in z.items()}
+        else:
+            statistics = {
+                f"{n}.lora_B.weight": torch.rand(x.B.shape, generator=g)
+                for n, x in a.layers.items()
+            }
+        made.append(MeasuredAdapter(a.spec, a.layers, statistics))
+    return made
+
+
 def fitting(name: str, count: int, seed: int = 1) -> list[Adapter]:
-    """As many hospitals as the strategy takes, at most ``count``."""
-    return hospitals(2 if name == "slerp" else count, seed, name in SHARED)
+    """As many hospitals as the strategy takes, at most ``count``; measured where it needs that."""
+    made = hospitals(2 if name == "slerp" else count, seed, name in SHARED)
+    kind = strategy(name).statistics
+    return measured(made, kind) if kind else made
 
 
 def strategy(name: str) -> Strategy:
@@ -68,7 +90,14 @@ def equal_weights(adapters: list[Adapter]) -> list[float]:
 
 def whole(name: str, adapters: list[Adapter], weights: list[float] | None = None) -> Merge:
     """Merged at full rank, so that nothing is lost on the way back to factors."""
-    return merge(strategy(name), adapters, weights or equal_weights(adapters), rank=7)
+    return merge(strategy(name), adapters, weights or equal_weights(adapters), draw(adapters), 7)
+
+
+def draw(adapters: list[Adapter]) -> Draw:
+    """A round that began with B = 0 and in which every hospital added as much noise."""
+    first = adapters[0]
+    layers = {n: LowRank(torch.zeros_like(x.B), x.A) for n, x in first.layers.items()}
+    return Draw(noise=Noise(Adapter(first.spec, layers), (0.1,) * len(adapters)))
 
 
 def keeping(what: str) -> list[str]:
@@ -103,8 +132,9 @@ def test_the_order_of_hospitals_does_not_matter(name: str) -> None:
 def test_scaling_every_hospital_scales_the_result(name: str, factor: float) -> None:
     adapters = fitting(name, 5)
     scaled = [
-        Adapter(
-            a.spec, {n: LowRank((x.B.double() * factor).float(), x.A) for n, x in a.layers.items()}
+        replace(
+            a,
+            layers={n: LowRank((x.B.double() * factor).float(), x.A) for n, x in a.layers.items()},
         )
         for a in adapters
     ]
@@ -122,7 +152,10 @@ def test_only_products_matter_not_how_they_are_factorised(name: str) -> None:
     for adapter in adapters:
         G = common if name in SHARED else torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
         layers = {n: LowRank(x.B @ G, G.T @ x.A) for n, x in adapter.layers.items()}
-        turned.append(Adapter(adapter.spec, layers))
+        turned.append(replace(adapter, layers=layers))
+        if isinstance(adapter, MeasuredAdapter):  # z = A x turns with A
+            grams = {n: G.T @ gram @ G for n, gram in adapter.statistics.items()}
+            turned[-1] = replace(turned[-1], statistics=grams)  # type: ignore[call-arg]
     if name in RANDOM:  # masks follow from bits: compare expectations instead, over many rounds
         many = range(300)
         w = equal_weights(adapters)
@@ -154,10 +187,10 @@ def test_what_is_declared_exact_is_the_mean_of_the_products(name: str, count: in
 def test_a_hospital_that_learned_nothing_is_no_mistake(name: str) -> None:
     adapters = fitting(name, 5)
     nothing = {n: LowRank(torch.zeros_like(x.B), x.A) for n, x in adapters[0].layers.items()}
-    adapters[0] = Adapter(adapters[0].spec, nothing)
+    adapters[0] = replace(adapters[0], layers=nothing)
     assert whole(name, adapters).adapter.is_finite()
     zeros = [
-        Adapter(a.spec, {n: LowRank(torch.zeros_like(x.B), x.A) for n, x in a.layers.items()})
+        replace(a, layers={n: LowRank(torch.zeros_like(x.B), x.A) for n, x in a.layers.items()})
         for a in adapters
     ]
     found = whole(name, zeros)
@@ -165,7 +198,7 @@ def test_a_hospital_that_learned_nothing_is_no_mistake(name: str) -> None:
     assert found.norm_ratio == 1.0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARED | {"fedavg"}])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARED | ONE_RANK])
 def test_mixed_ranks_merge(name: str) -> None:
     adapters = hospitals(2 if name == "slerp" else 5, 3, False, ranks=(1, 4, 2))
     found = whole(name, adapters)
@@ -174,7 +207,7 @@ def test_mixed_ranks_merge(name: str) -> None:
     assert {layer.rank for layer in found.adapter.layers.values()} == {7}
 
 
-@pytest.mark.parametrize("name", ["fedavg", *sorted(SHARED)])
+@pytest.mark.parametrize("name", sorted(SHARED | ONE_RANK))
 def test_factors_of_different_rank_have_no_mean(name: str) -> None:
     with pytest.raises(MergeError, match="rank"):
         whole(name, hospitals(3, 3, False, ranks=(1, 2)))
@@ -196,10 +229,10 @@ def test_other_shapes_and_other_layers_are_refused(name: str) -> None:
     layers = dict(adapters[1].layers)
     other = layers.pop("layers.1.v")
     with pytest.raises(MergeError, match="differ"):
-        whole(name, [adapters[0], Adapter(adapters[1].spec, layers), *adapters[2:]])
+        whole(name, [adapters[0], replace(adapters[1], layers=layers), *adapters[2:]])
     wider = {**layers, "layers.1.v": LowRank(other.B[:-1], other.A)}
     with pytest.raises(MergeError, match="differ"):
-        whole(name, [adapters[0], Adapter(adapters[1].spec, wider), *adapters[2:]])
+        whole(name, [adapters[0], replace(adapters[1], layers=wider), *adapters[2:]])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, gram
 from strategies.base import Draw, deltas, factor_means, product_means
-from strategies.inner_products import cosines, norms
+from strategies.inner_products import cosines
 from strategies.merging import merge
 from strategies.registry import OURS, create
 from strategies.streaming import Streaming
@@ -79,27 +79,12 @@ def all_at_once(name: str, adapters: list[Adapter], weights: list[float]) -> dic
         return dense(product_means(adapters, weights))
     if name == "task_arithmetic":
         return dense(product_means(adapters, [0.4 * len(adapters) * w for w in weights]))
-    w = torch.tensor(weights, dtype=torch.float64)
-    merged = {}
-    for n, parts in deltas(adapters).items():
-        products = gram(parts)
-        size, cosine = norms(products), cosines(products)
-        if name == "norm_weighted":
-            c = float(w @ size) / float((w @ cosine @ w).sqrt()) * w / size
-        elif name == "norm_bound":
-            c = w * (size.median() / size).clamp(max=1)
-        else:
-            k = len(parts)
-            mean = float((cosine.sum() - k) / (k * (k - 1)))
-            c = w * max(0.0, k * mean / (1 + (k - 1) * mean))
-        merged[n] = sum(float(x) * p.dense() for x, p in zip(c, parts, strict=True))
-    return merged
+    raise AssertionError(name)
 
 
 def test_which_strategies_stream() -> None:
     assert set(STREAMING) == {
-        "product_mean", "fedavg", "ffa", "rolora", "fedsvd", "task_arithmetic", "model_stock",
-        "norm_weighted", "norm_bound",
+        "product_mean", "fedavg", "ffa", "rolora", "fedsvd", "task_arithmetic",
     }  # fmt: skip
     assert all(kind.declared.streams for kind in OURS if issubclass(kind, Streaming))
 
@@ -107,7 +92,7 @@ def test_which_strategies_stream() -> None:
 @pytest.mark.parametrize("name", STREAMING)
 @pytest.mark.parametrize("count", [2, 5, 40])  # as factors, mixed, dense
 def test_one_at_a_time_is_all_at_once(name: str, count: int) -> None:
-    shared = name in SHARED or name == "model_stock"  # else there is nothing to agree on
+    shared = name in SHARED
     adapters = [hospital(k, shared) for k in range(count)]
     w = uneven(count)
     found = dense(create(name).combine(adapters, w, Draw()))
@@ -116,7 +101,7 @@ def test_one_at_a_time_is_all_at_once(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", [n for n in STREAMING if n not in (*SHARED, "fedavg")])
 def test_ranks_may_differ_from_hospital_to_hospital(name: str) -> None:
-    adapters = list(Loaded(30, name == "model_stock", ranks=(1, 4, 2)))
+    adapters = list(Loaded(30, False, ranks=(1, 4, 2)))
     w = uneven(30)
     found = dense(create(name).combine(adapters, w, Draw()))
     assert gap(found, all_at_once(name, adapters, w)) < 1e-12
@@ -157,7 +142,7 @@ def test_what_a_stream_holds_does_not_grow(name: str) -> None:
 
 
 def test_weights_need_not_sum_to_one_where_hospitals_drop_out() -> None:
-    for name in ("product_mean", "ffa", "task_arithmetic", "model_stock", "norm_weighted"):
+    for name in ("product_mean", "ffa", "task_arithmetic"):
         once, twice = (create(name).stream() for _ in range(2))  # type: ignore[attr-defined]
         for k in range(4):
             once.add(hospital(k, True), 0.25)

@@ -146,6 +146,9 @@ def test_results_and_refusals_hold_what_they_were_given_and_no_more() -> None:
     assert json.loads(str(content.config_records["facts"]["json"])) == {"site": "east", "steps": 2}
     (received,) = content.array_records["adapter"].to_torch_state_dict().values()
     assert received.equal(torch.ones(3, 2))
+    measured = pack_result(tensors, {"site": "east"}, {"layer": torch.eye(2)})
+    assert measured["adapter"] == content["adapter"]
+    assert measured.array_records["statistics"].to_torch_state_dict()["layer"].equal(torch.eye(2))
     refusal = pack_refusal("east", "INTERNAL", "see the log")
     assert set(refusal) == {"refusal"}
     assert dict(refusal.config_records["refusal"]) == {

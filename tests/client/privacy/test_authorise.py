@@ -10,12 +10,19 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.plan import TrainingPlan
-from client.privacy.authorise import authorise, require_model, require_unit
+from client.privacy.authorise import (
+    authorise,
+    require_layers,
+    require_model,
+    require_unit,
+)
 from client.refusal import Reason, Refusal
 from conf.policy import SitePolicy
 
 MakePlan = Callable[..., TrainingPlan]
 MakePolicy = Callable[..., SitePolicy]
+
+DEPTH = 6  # blocks of the model
 
 NOON = datetime(2026, 11, 20, 12)  # a Friday
 
@@ -32,6 +39,7 @@ def verdict(
     try:
         authorise(plan, policy, now)
         require_model(plan, installed or plan.base_model, longest)
+        require_layers(plan, policy, DEPTH)
         require_unit(plan, has_patients)
     except Refusal as refusal:
         return refusal.reason
@@ -46,6 +54,9 @@ def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) ->
     ("planned", "allowed"),
     [
         ({"adapter": {"rank": 4}}, {"adapter": {"max_rank": 4}}),
+        ({}, {"adapter": {"max_layers": 6}}),
+        ({"adapter": {"layers": "half", "freeze_half": True}}, {"adapter": {"max_layers": 3}}),
+        ({"adapter": {"layers": [0, 5]}}, {"adapter": {"max_layers": 2}}),
         ({"privacy": {"epsilon": 2.5}}, {"privacy": {"epsilon": 2.5}}),
         ({"privacy": {"delta": 1e-6}}, {"privacy": {"delta": 1e-6}}),
         ({"privacy": {"max_tokens": 99}}, {"privacy": {"max_tokens": 99}}),
@@ -55,6 +66,7 @@ def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) ->
         ({"adapter": {"targets": ["q_proj"]}}, {"adapter": {"targets": ["q_proj"]}}),
         ({"adapter": {"train": "both"}, "upload": "both"}, {"adapter": {"train": ["both"]}}),
         ({"strategy": "fedsvd"}, {"adapter": {"strategies": ["ffa", "fedsvd"]}}),
+        ({"statistics": "gram"}, {"share": {"statistics": "noised"}}),
         ({"run": "cardiology-7"}, {"coordinator": {"runs": "cardiology-*"}}),
         ({}, {"quiet_hours": ["Sat-Thu 00:00-24:00"]}),
         ({}, {"quiet_hours": ["11:00-12:00", "12:01-13:00"]}),
@@ -70,6 +82,9 @@ def test_a_plan_at_the_limit_passes(
     ("planned", "allowed", "reason"),
     [
         ({"adapter": {"rank": 5}}, {"adapter": {"max_rank": 4}}, Reason.LIMIT_EXCEEDED),
+        ({}, {"adapter": {"max_layers": 5}}, Reason.LIMIT_EXCEEDED),
+        ({"adapter": {"layers": "last:3"}}, {"adapter": {"max_layers": 2}}, Reason.LIMIT_EXCEEDED),
+        ({"adapter": {"layers": "last:7"}}, {}, Reason.LIMIT_EXCEEDED),
         ({"privacy": {"epsilon": 2.6}}, {"privacy": {"epsilon": 2.5}}, Reason.BUDGET_EXHAUSTED),
         ({"privacy": {"delta": 2e-6}}, {"privacy": {"delta": 1e-6}}, Reason.LIMIT_EXCEEDED),
         ({"privacy": {"max_tokens": 99}}, {"privacy": {"max_tokens": 98}}, Reason.LIMIT_EXCEEDED),
@@ -96,8 +111,10 @@ def test_a_plan_at_the_limit_passes(
         (
             {"strategy": "fedavg"},
             {"adapter": {"strategies": ["ffa", "fedsvd"]}},
-            Reason.LIMIT_EXCEEDED,
+            Reason.STRATEGY_NOT_ALLOWED,
         ),
+        ({"statistics": "gram"}, {}, Reason.STATISTICS_NOT_SHARED),
+        ({"statistics": "fisher"}, {"share": {"scores": "noised"}}, Reason.STATISTICS_NOT_SHARED),
         (
             {"run": "Cardiology-7"},
             {"coordinator": {"runs": "cardiology-*"}},

@@ -102,6 +102,30 @@ def test_both_leave_where_both_are_trained(gate: MakeGate, received: Adapter) ->
     assert set(out) == set(received.tensors())
 
 
+@pytest.mark.parametrize("part", ["B", "A", "both"])
+def test_of_a_half_that_is_frozen_nothing_leaves_and_nothing_may_have_moved(
+    part: str, gate: MakeGate, received: Adapter
+) -> None:
+    half = gate(adapter={"train": part, "freeze_half": True}, upload=part)
+    trained = half.plan.trained_layers(received.layers)
+    frozen = sorted(received.layers.keys() - trained)
+    assert len(frozen) == len(trained) == 2
+    B, A = float(part != "A"), float(part != "B")
+    there = moved(received, A, B)
+    honest = received.updated(there.only(trained))
+    out = half.release(Released(honest, GRADIENT), HONEST).tensors
+    assert {name.rpartition(".lora_")[0] for name in out} == trained
+    assert half.plan.joined(received, out).fingerprint() == honest.fingerprint()
+    for layer in frozen:
+        for factor in ("A", "B"):  # one number of one factor is enough
+            was = received.layers[layer]
+            changed = replace(was, **{factor: getattr(was, factor).clone()})
+            getattr(changed, factor)[0, 0] += 1e-6
+            assert not getattr(changed, factor).equal(getattr(was, factor))
+            detail = refused(half, replace(honest, layers={**honest.layers, layer: changed}))
+            assert detail == f"frozen factor {layer}.lora_{factor}.weight moved"
+
+
 def test_only_A_leaves_where_B_is_frozen(gate: MakeGate, received: Adapter) -> None:
     only_A = gate(adapter={"train": "A"}, upload="A")
     layers = {n: replace(layer, A=layer.A + 1) for n, layer in received.layers.items()}
@@ -181,6 +205,91 @@ def test_without_privacy_factors_leave_only_where_the_policy_allows_it(
     assert "provenance" in refused(strict, moved(received), facts, Source.POLICY_PUBLIC)
     private = gate(charge=None, own={"privacy": {"required": False}})
     assert "provenance" in refused(private, moved(received), facts, Source.POLICY_PUBLIC)
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+MEASURED = {"share": {"statistics": "noised"}}
+STATISTICS = Mechanism("statistics", 7)
+PAID = replace(CHARGE, mechanisms=CHARGE.mechanisms | {"statistics"})
+
+
+def grams(received: Adapter) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([[2.0, 0.5], [0.5, -1.0]]) for name in received.layers}
+
+
+def statistics_refused(
+    gate: Gate, received: Adapter, statistics: Any, origin: Any = STATISTICS
+) -> str:
+    with pytest.raises(Refusal) as refusal:
+        gate.release(Released(moved(received), GRADIENT), HONEST, Released(statistics, origin))
+    assert refusal.value.reason is Reason.OUTBOUND_REFUSED
+    return refusal.value.detail
+
+
+def test_statistics_leave_where_they_are_asked_for_allowed_noised_and_paid(
+    gate: MakeGate, received: Adapter
+) -> None:
+    asked = gate(charge=PAID, own=MEASURED, statistics="gram")
+    sent = Released(grams(received), STATISTICS)
+    out = asked.release(Released(moved(received), GRADIENT), HONEST, sent)
+    assert all(out.statistics[n].equal(g) for n, g in grams(received).items())
+    again = Outgoing.from_bytes(out.to_bytes())
+    for one, two in ((again.tensors, out.tensors), (again.statistics, out.statistics)):
+        assert one.keys() == two.keys()
+        assert all(one[name].equal(two[name]) for name in one)
+    assert again.facts == out.facts
+
+
+def test_statistics_without_any_of_that_stop_everything(gate: MakeGate, received: Adapter) -> None:
+    good = grams(received)
+    asked = gate(charge=PAID, own=MEASURED, statistics="gram")
+    assert "not shared" in statistics_refused(gate(charge=PAID, statistics="gram"), received, good)
+    unpaid = gate(own=MEASURED, statistics="gram")
+    assert "provenance" in statistics_refused(unpaid, received, good)
+    for origin in (GRADIENT, Mechanism("statistics", 6), *Source):
+        assert "provenance" in statistics_refused(asked, received, good, origin)
+    for own in (MEASURED, {}):
+        unasked = gate(charge=PAID, own=own)
+        assert statistics_refused(unasked, received, good)
+    with pytest.raises(Refusal, match="gate"):
+        asked.release(Released(moved(received), GRADIENT), HONEST)  # asked for, and not there
+    with pytest.raises(Refusal, match="gate"):
+        asked.release(Released(moved(received), GRADIENT), HONEST, good)  # type: ignore[arg-type]
+
+
+def test_statistics_do_not_leave_a_round_without_privacy(gate: MakeGate, received: Adapter) -> None:
+    """Such a plan cannot be made; and were it, nothing pays for them."""
+    lax = gate(charge=None, own=MEASURED | {"privacy": {"required": False}})
+    off = lax.plan.privacy.model_copy(update={"enabled": False})
+    plan = lax.plan.model_copy(update={"statistics": "gram", "privacy": off})
+    open_gate = replace(lax, plan=plan)
+    facts = {name: HONEST[name] for name in ("site", "steps")}
+    for origin in (Source.POLICY_PUBLIC, STATISTICS):
+        statistics = Released(grams(received), origin)
+        with pytest.raises(Refusal) as refusal:
+            open_gate.release(Released(moved(received), Source.POLICY_PUBLIC), facts, statistics)
+        assert "statistics has no sufficient provenance" in refusal.value.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda g: {**g, "more": torch.eye(2)}, "missing or unexpected"),
+        (lambda g: dict(list(g.items())[1:]), "missing or unexpected"),
+        (lambda g: g | {next(iter(g)): torch.eye(3)}, "another shape"),
+        (lambda g: g | {next(iter(g)): torch.eye(2).double()}, "not float32"),
+        (lambda g: g | {next(iter(g)): torch.eye(2) * float("nan")}, "NaN or infinity"),
+        (lambda g: g | {next(iter(g)): torch.tensor([[1.0, 0.5], [0.4, 1.0]])}, "not symmetric"),
+    ],
+)
+def test_misshapen_statistics_do_not_leave(
+    gate: MakeGate, received: Adapter, change: Callable[[Any], Any], said: str
+) -> None:
+    asked = gate(charge=PAID, own=MEASURED, statistics="gram")
+    assert said in statistics_refused(asked, received, change(grams(received)))
+    fisher = gate(charge=PAID, own=MEASURED, statistics="fisher")  # asked for another kind
+    assert "unexpected" in statistics_refused(fisher, received, grams(received))
 
 
 # --- facts -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What merging costs: ``python -m benchmarks.merging [--quick] [--json FILE]``.
+"""What merging costs, in time and memory, against the same by other libraries.
 
 Eight hospitals' adapters of rank 16 for one layer become one of rank 16, three ways: ours (QR and a
 small SVD, float64), PEFT's ``add_weighted_adapter`` with ``svd`` (dense, float32), and mergekit's
@@ -8,14 +8,9 @@ to ours, one thread, variants interleaved; the error is against dense products i
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from mergekit.merge_methods import merge_tensors
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
@@ -34,21 +29,13 @@ GOALS = {
 }  # a ratio at least, an error at most
 
 
-def main() -> None:
-    """Measure, print one table, and write the figures where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the smaller layer only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    options = parser.parse_args()
+def measure(quick: bool, progress: Progress) -> dict[str, float]:
+    """Ratios and errors by name; ``quick`` measures the smaller layer only."""
     torch.set_num_threads(1)
-    console = Console()
     results: dict[str, float] = {}
-    with Progress(console=console) as progress:
-        for name in list(_SHAPES)[: 1 if options.quick else None]:
-            results |= _layer(name, progress)
-    console.print(_table(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    for name in list(_SHAPES)[: 1 if quick else None]:
+        results |= _layer(name, progress)
+    return results
 
 
 def _layer(name: str, progress: Progress) -> dict[str, float]:
@@ -116,19 +103,14 @@ def _error(weights: list[float], factors: list[LowRank]) -> float:
     return float(((ours - exact).abs() / exact[0]).max())
 
 
-def _table(results: dict[str, float]) -> Table:
-    table = Table(title="What merging costs: theirs over ours", title_justify="left")
+def table(results: dict[str, float]) -> Table:
+    """The figures beside their goals; what misses its goal is red."""
+    made = Table(title="What merging costs: theirs over ours", title_justify="left")
     for column in ("figure", "measured", "goal"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
+        made.add_column(column, justify="left" if column == "figure" else "right")
     for key, value in results.items():
         goal = GOALS.get(key)
         met = goal is None or (value <= goal if key.endswith("error") else value >= goal)
         shown = f"{value:.2g}" if key.endswith("error") else f"{value:.0f}"
-        table.add_row(
-            key, shown if met else f"[red]{shown}[/]", "" if goal is None else f"{goal:g}"
-        )
-    return table
-
-
-if __name__ == "__main__":
-    main()
+        made.add_row(key, shown if met else f"[red]{shown}[/]", "" if goal is None else f"{goal:g}")
+    return made

@@ -1,0 +1,1 @@
+"""Merging, measured: what it costs, and what it keeps of what hospitals learned."""

@@ -1,0 +1,233 @@
+"""What merging keeps of what hospitals learned, with and without noise, on real notes.
+
+Hospitals are the largest departments of the MTSamples; the unit is the note. A cell is one whole
+federation: so many hospitals, one arm, one epsilon, one seed. Its figure is the mean over
+departments of the bits per character that its adapter saves on held-out notes.
+
+Every cell is a line of a file, written when it ends: what is there is not computed again, and what
+was interrupted goes on after its last finished hospital's round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from adapters.adapter import Adapter
+from adapters.base_model import cache_folder
+from benchmarks.merging.departments import Department, departments
+from benchmarks.merging.federation import Federation
+from conf.load import load
+from conf.schema import ModelSettings, RunSettings
+from strategies.base import Draw
+from strategies.merging import merge
+from strategies.registry import create, strategies
+
+Epsilon = float | None
+EPSILONS: tuple[Epsilon, ...] = (None, 8.0, 3.0, 1.0)
+SEEDS = (0, 1, 2)
+
+# What the arms share, beyond the defaults of `wardround simulate`.
+_NOTES_FOR_RULES = 12  # of each department
+_COMMON = (
+    "alignment=none",
+    "model.precision=bfloat16",  # half the time of float32 on these cores
+    "privacy=patient_eps8",
+    "privacy.unit=note",
+    "privacy.sampling_rate=0.25",
+    "privacy.denominator=43",  # about a quarter of a department's notes
+    "privacy.clip_norm=0.25",
+    "optimizer=sgd",
+    "optimizer.learning_rate=10",
+)
+ARMS: dict[str, tuple[str, ...]] = {
+    "fedsvd": ("strategy=fedsvd",),
+    "ffa": ("strategy=ffa",),
+    "rolora": ("strategy=rolora", "adapter.train=alternate"),
+    "core": ("strategy=ffa", "adapter.train=core", "adapter.rank=32", "adapter.alpha=64"),
+    "fedavg": ("strategy=fedavg", "adapter.train=both"),
+    "product_mean": ("strategy=product_mean", "adapter.train=both"),
+    "lora_fair": ("strategy=lora_fair", "adapter.train=both"),
+}
+POOLED, ALONE = "pooled", "alone"
+# Every second hospital has an epsilon of 1 whatever the cell's is.
+MIXED: dict[str, tuple[str, ...]] = {
+    "fedsvd, half at 1": ARMS["fedsvd"],
+    "noise_aware, half at 1": ("strategy=noise_aware",),
+}
+_SMALL_BUDGET = 1.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the measurement is."""
+
+    max_tokens: int
+    held_out: int  # notes of each department
+    rounds: int
+    local_steps: int
+
+
+FULL = Scale(max_tokens=64, held_out=32, rounds=4, local_steps=1)
+QUICK = Scale(max_tokens=32, held_out=12, rounds=2, local_steps=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One federation of ``hospitals`` departments; ``epsilon`` None is without privacy."""
+
+    hospitals: int
+    arm: str
+    epsilon: Epsilon
+    seed: int
+    scale: Scale
+
+    @property
+    def key(self) -> str:
+        """What makes two cells the same."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Bits and characters of every held-out note, by department; under other rules if merged."""
+
+    cell: Cell
+    base: dict[str, list[float]]
+    bits: dict[str, list[float]]
+    chars: dict[str, list[int]]
+    rules: dict[str, dict[str, list[float]]]  # the last round merged by other strategies
+
+    @classmethod
+    def of(cls, line: str) -> Result:
+        """From a line of the file."""
+        raw = json.loads(line)
+        cell = raw.pop("cell")
+        return cls(Cell(**{**cell, "scale": Scale(**cell["scale"])}), **raw)
+
+
+def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Iterator[Cell]:
+    """All cells, those first that tell most."""
+    for count in hospitals:
+        for seed in seeds:
+            for epsilon in EPSILONS:
+                yield Cell(count, "fedsvd", epsilon, seed, scale)
+            if seed == seeds[0]:
+                yield Cell(count, POOLED, None, seed, scale)
+                for arm in ("product_mean", "fedavg"):
+                    for epsilon in (None, EPSILONS[-1]):
+                        yield Cell(count, arm, epsilon, seed, scale)
+            for arm in MIXED:
+                yield Cell(count, arm, EPSILONS[1], seed, scale)
+    for count in hospitals:
+        for seed in seeds:
+            for arm in (*ARMS, POOLED, ALONE):
+                for epsilon in EPSILONS:
+                    yield Cell(count, arm, epsilon, seed, scale)
+
+
+def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -> list[Result]:
+    """Results of all cells, from the file or by ``jobs`` processes of one thread each."""
+    known = {result.cell.key: result for result in read(file)}
+    missing = list({cell.key: cell for cell in wanted if cell.key not in known}.values())
+    task = progress.add_task("federations", total=len(known) + len(missing), completed=len(known))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(_measured, cell) for cell in missing]
+        for ended in as_completed(running):
+            result = ended.result()
+            known[result.cell.key] = result
+            with file.open("a") as out:
+                out.write(json.dumps(asdict(result)) + "\n")
+            progress.advance(task)
+    return [known[key] for key in dict.fromkeys(cell.key for cell in wanted)]
+
+
+def read(file: Path) -> list[Result]:
+    """What was measured before; a line cut short by an interruption is measured again."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            found.append(Result.of(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def settings(cell: Cell, hospitals: int) -> RunSettings:
+    """The configuration of a cell. ``hospitals`` is how many there are in the federation.
+
+    A pooled site takes the same steps on all the notes: its sums are as much larger as the divisor.
+    """
+    chosen = {**ARMS, **MIXED}.get(cell.arm, ARMS["fedsvd"])
+    scale = cell.scale
+    own = [
+        f"seed={cell.seed}",
+        f"privacy.max_tokens={scale.max_tokens}",
+        f"federation.rounds={scale.rounds}",
+        f"federation.local_steps={scale.local_steps}",
+    ]
+    if cell.epsilon is None:
+        own.append("privacy.enabled=false")
+    else:
+        own.append(f"privacy.epsilon={cell.epsilon:g}")
+    made = load("simulate", [*_COMMON, *chosen, *own], RunSettings)
+    if cell.arm != POOLED:
+        return made
+    larger = {"denominator": made.privacy.denominator * hospitals}
+    return made.model_copy(update={"privacy": made.privacy.model_copy(update=larger)})
+
+
+def _measured(cell: Cell) -> Result:
+    """Runs in a process of its own."""
+    torch.set_num_threads(1)
+    made = settings(cell, cell.hospitals)
+    federation = _federation(made.model.model_dump_json())
+    sites = departments(
+        federation.tokenizer, cell.hospitals, cell.scale.max_tokens, cell.scale.held_out
+    )
+
+    def bits(adapter: Adapter) -> dict[str, list[float]]:
+        return {site.name: federation.bits(adapter, site.held_out) for site in sites}
+
+    base = bits(federation.initial(made))
+    rules: dict[str, dict[str, list[float]]] = {}
+    if cell.arm == POOLED:
+        everyone = {unit: rows for site in sites for unit, rows in site.units.items()}
+        found = bits(federation.run(made, [Department(POOLED, everyone, [])]).merged)
+    elif cell.arm == ALONE:
+        alone = [bits(federation.run(made, [site]).merged) for site in sites]
+        found = min(alone, key=lambda one: sum(map(sum, one.values())))  # the best for all
+    else:
+        budgets = [_SMALL_BUDGET if i % 2 else cell.epsilon for i in range(len(sites))]
+        ended = federation.run(made, sites, budgets if cell.arm in MIXED else ())
+        found = bits(ended.merged)
+        if cell.arm == "fedsvd" and cell.seed == 0:
+            rules = {
+                name: {s.name: federation.bits(one, s.held_out[:_NOTES_FOR_RULES]) for s in sites}
+                for name, one in _by_other_rules(list(ended.sent.values()))
+            }
+    chars = {site.name: [note.chars for note in site.held_out] for site in sites}
+    return Result(cell, base, found, chars, rules)
+
+
+def _by_other_rules(sent: list[Adapter]) -> Iterator[tuple[str, Adapter]]:
+    """The last round merged by every strategy that takes what it sent, with its defaults."""
+    weights = [1 / len(sent)] * len(sent)
+    for name, kind in sorted(strategies().items()):
+        takes = "B" in kind.declared.trains and kind.declared.statistics is None
+        if name != "slerp" and takes:
+            yield name, merge(create(name), sent, weights, Draw("benchmark", 0)).adapter
+
+
+@lru_cache(maxsize=1)
+def _federation(configured: str) -> Federation:
+    model = ModelSettings.model_validate_json(configured)
+    return Federation(model, cache_folder() / "benchmarks" / "merging")

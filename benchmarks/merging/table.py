@@ -1,0 +1,91 @@
+"""The quality of merging, as a table for the terminal and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure as Drawing
+from rich.table import Table
+
+from benchmarks.merging.quality import EPSILONS, Epsilon, Result
+from benchmarks.merging.shares import Figure, Row, rows
+
+GOALS: dict[Epsilon, float] = {8.0: 0.85, 3.0: 0.60, 1.0: 0.30}  # shares, with four hospitals
+_ORDER = EPSILONS[::-1]
+
+
+def of(found: Sequence[Row], title: str) -> Table:
+    """Gain in thousandths of a bit per character, and share of the reference, by epsilon."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("strategy")
+    for epsilon in EPSILONS:
+        table.add_column(_name(epsilon), justify="right")
+    for arm in dict.fromkeys(row.arm for row in found):
+        own = {row.epsilon: row for row in found if row.arm == arm}
+        table.add_row(arm, *(_cell(own.get(epsilon)) for epsilon in EPSILONS))
+    table.caption = (
+        "saved millibits per character; share of fedsvd without privacy, 95 % interval, seeds"
+    )
+    return table
+
+
+def figures(found: Sequence[Row], hospitals: int) -> dict[str, float]:
+    """Shares by name, for a JSON file."""
+    return {
+        f"quality.{hospitals}.{row.arm}.{_name(row.epsilon)}.share": row.share.value
+        for row in found
+        if row.share
+    }
+
+
+def draw(results: Sequence[Result], file: Path) -> None:
+    """Share of the non-private gain by strategy and epsilon, one panel a number of hospitals.
+
+    Dotted lines are the goals.
+    """
+    counts = [n for n in sorted({r.cell.hospitals for r in results}) if rows(results, n)]
+    if not counts:
+        return
+    drawing = Drawing(figsize=(5.5 * len(counts), 3.8), layout="constrained")
+    panels = drawing.subplots(1, len(counts), squeeze=False)[0]
+    for panel, count in zip(panels, counts, strict=True):
+        found = [row for row in rows(results, count) if row.share]
+        arms = list(dict.fromkeys(row.arm for row in found))
+        for place, arm in enumerate(arms):
+            shares = {row.epsilon: row.share for row in found if row.arm == arm and row.share}
+            x = [_ORDER.index(epsilon) + 0.08 * (place - len(arms) / 2) for epsilon in shares]
+            y = [100 * share.value for share in shares.values()]
+            below = [100 * (share.value - share.low) for share in shares.values()]
+            above = [100 * (share.high - share.value) for share in shares.values()]
+            colour = mpl.colormaps["tab10"](place)
+            panel.errorbar(x, y, [below, above], label=arm, fmt="o", color=colour, capsize=2)
+        for epsilon, goal in GOALS.items():
+            at = _ORDER.index(epsilon)
+            panel.hlines(100 * goal, at - 0.45, at + 0.45, colors="grey", linestyles="dotted")
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_xticks(range(len(_ORDER)), [_name(epsilon) for epsilon in _ORDER])
+        panel.set_title(f"{count} hospitals")
+        panel.set_ylabel("share of the gain without privacy, %")
+    panels[-1].legend(fontsize=8, loc="upper left")
+    drawing.savefig(file, dpi=150)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    gain = f"{1000 * row.gain.value:.0f}"
+    if row.share is None:
+        return f"{gain} ({_interval(row.gain, 1000)}) n={row.gain.seeds}"
+    return (
+        f"{gain}  {100 * row.share.value:.0f} % ({_interval(row.share, 100)}) n={row.share.seeds}"
+    )
+
+
+def _interval(figure: Figure, unit: float) -> str:
+    return f"{unit * figure.low:.0f} to {unit * figure.high:.0f}"
+
+
+def _name(epsilon: Epsilon) -> str:
+    return "no privacy" if epsilon is None else f"epsilon {epsilon:g}"

@@ -1,0 +1,138 @@
+"""Merging PEFT LoRA folders: checked against each other, merged in product space, of one rank.
+
+Ranks, alpha and rsLoRA may differ. Factors are taken to float64 before anything is scaled, so the
+merged update is exact up to the rounding of the factors that are saved; a smaller rank than it has
+gives its best approximation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from adapters.adapter import Adapter
+from adapters.lowrank import LowRank
+from server.offline.plan import Plan
+from strategies.base import Draw, MergeError
+from strategies.merging import Merge, merge
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFolder:
+    """An adapter as it was read: float64 factors, what it says of itself, its fingerprint."""
+
+    typed: str
+    adapter: Adapter
+    base_model: str  # as its configuration names it; may be empty
+    everywhere: bool  # its targets name modules of every layer, not of some
+    fingerprint: str
+
+    @classmethod
+    def open(cls, typed: str) -> AdapterFolder:
+        """Read a PEFT folder. Raises MergeError naming the folder and what is wrong with it."""
+        folder = Path(typed)
+        config = _config(folder, typed)
+        try:
+            stored = Adapter.load(folder)
+        except FileNotFoundError:
+            raise MergeError(f"{typed}: adapter_model.safetensors is absent") from None
+        except ValueError as problem:
+            said = str(problem).removeprefix(f"{folder}: ")
+            raise MergeError(f"{typed}: {said}") from None
+        layers = {name: layer.to(torch.float64) for name, layer in stored.layers.items()}
+        if not layers:
+            raise MergeError(f"{typed}: holds no factors")
+        partial = config.get("layers_to_transform") is not None
+        return cls(
+            typed,
+            Adapter(stored.spec, layers),
+            config.get("base_model_name_or_path") or "",
+            not partial and all(n.endswith(stored.spec.targets) for n in layers),
+            stored.fingerprint(),
+        )
+
+
+def open_adapters(plan: Plan) -> list[AdapterFolder]:
+    """The adapters of a plan, checked to fit each other. Raises MergeError naming who does not."""
+    opened = [AdapterFolder.open(typed) for typed in plan.models]
+    first = opened[0]
+    for one in opened:
+        if not one.adapter.is_finite():
+            raise MergeError(f"{one.typed}: holds NaN or infinity")
+        theirs, own = first.adapter.layers, one.adapter.layers
+        if differing := sorted(set(theirs) ^ set(own)):
+            raise MergeError(
+                f"{one.typed}: adapts other layers than {first.typed}, such as {differing[0]}"
+            )
+        for name, layer in own.items():
+            if layer.shape != theirs[name].shape:
+                raise MergeError(
+                    f"{one.typed}: {name} has shape {layer.shape}, not {theirs[name].shape} as in "
+                    f"{first.typed}"
+                )
+        if plan.base_model is None and _differ(one.base_model, first.base_model):
+            raise MergeError(
+                f"{one.typed}: was made for {_public(one.base_model)}, {first.typed} for "
+                f"{_public(first.base_model)}; if that is one model, give its folder as base_model"
+            )
+    return opened
+
+
+def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> Merge:
+    """The merged adapter, of the plan's rank or exact. Raises MergeError."""
+    turned = [
+        o.adapter if sign > 0 else _negative(o.adapter)
+        for o, sign in zip(opened, plan.signs, strict=True)
+    ]
+    narrowest = min(layer.shape[1] for layer in turned[0].layers.values())
+    if plan.rank is not None and plan.rank > narrowest:
+        raise MergeError(f"parameters.rank={plan.rank}: a layer is only {narrowest} wide")
+    draw = Draw(f"merge:{seed}")
+    found = merge(plan.strategy, turned, plan.weights, draw, plan.rank or "exact")
+    return replace(found, adapter=_named(found.adapter, opened))
+
+
+def base_name(opened: Sequence[AdapterFolder], base_model: str | None) -> str:
+    """What the merged adapter says it is for: as typed, else as the inputs say; no local path."""
+    return base_model or _public(next((o.base_model for o in opened if o.base_model), ""))
+
+
+def _named(adapter: Adapter, opened: Sequence[AdapterFolder]) -> Adapter:
+    """With targets that name the layers it has and no others."""
+    targets = opened[0].adapter.spec.targets
+    if any(o.adapter.spec.targets != targets or not o.everywhere for o in opened):
+        targets = tuple(sorted(adapter.layers))
+    return Adapter(replace(adapter.spec, targets=targets), adapter.layers)
+
+
+def _negative(adapter: Adapter) -> Adapter:
+    layers = {name: LowRank(-layer.B, layer.A) for name, layer in adapter.layers.items()}
+    return Adapter(adapter.spec, layers)
+
+
+def _config(folder: Path, typed: str) -> dict[str, Any]:
+    """The adapter's configuration, of a LoRA and with all that is needed. Raises MergeError."""
+    try:
+        config = dict(json.loads((folder / "adapter_config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise MergeError(f"{typed}: adapter_config.json is absent or broken") from None
+    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
+        if not config.get(key):
+            raise MergeError(f"{typed}: adapter_config.json says no {key}")
+    if config["peft_type"] != "LORA":
+        raise MergeError(f"{typed}: is {config['peft_type']}, and only LoRA is merged")
+    return config
+
+
+def _differ(one: str, other: str) -> bool:
+    """Whether two names of base models are of different ones; folders may have moved."""
+    return bool(one and other) and PurePath(one).name != PurePath(other).name
+
+
+def _public(name: str) -> str:
+    return PurePath(name).name if PurePath(name).is_absolute() else name

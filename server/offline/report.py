@@ -1,0 +1,154 @@
+"""merge_report.json: how a merge came about, for who has only its result.
+
+It names inputs as they were typed in the recipe, and no other path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.adapter import Adapter
+from adapters.lowrank import gram
+from server.offline.adapters import AdapterFolder
+from server.offline.figures import Figures
+from server.offline.models import ModelMerge
+from server.offline.plan import Plan
+from server.offline.recipe import Recipe
+from server.run_folder import write_atomically
+from strategies.base import deltas
+from strategies.merging import Merge, mean_cosine
+
+REPORT = "merge_report.json"
+_PACKAGES = ("wardround", "torch", "safetensors", "peft", "transformers")
+
+
+def of_adapters(
+    recipe: Recipe,
+    plan: Plan,
+    opened: Sequence[AdapterFolder],
+    found: Merge,
+    saved: Adapter,
+    models: tuple[str, str] | None,
+) -> dict[str, Any]:
+    """The report on merged adapters.
+
+    ``saved`` is the adapter as it is written; ``models`` the fingerprints of the base model and of
+    the merged model, where one was written.
+    """
+    inputs = [
+        {
+            "model": one.typed,
+            "fingerprint": one.fingerprint,
+            "rank": one.adapter.spec.rank,
+            "scale": one.adapter.spec.scale,
+            "weight": weight * sign,
+        }
+        for one, weight, sign in zip(opened, plan.weights, plan.signs, strict=True)
+    ]
+    output: dict[str, Any] = {"adapter": {"fingerprint": saved.fingerprint()}}
+    output["adapter"] |= {"rank": saved.spec.rank, "exact": plan.rank is None}
+    base = None
+    if models is not None:
+        base = {"model": plan.base_model, "fingerprint": models[0]}
+        output["model"] = {"fingerprint": models[1]}
+    elif plan.base_model is not None:
+        base = {"model": plan.base_model}
+    figures = {
+        "kept_energy": found.kept_energy,
+        "discrepancy": found.discrepancy,
+        "mean_cosine": found.mean_cosine,
+        "norm_ratio": found.norm_ratio,
+        "rounding": _rounding(found.adapter, saved),
+    }
+    about = "updates of adapters"
+    layers = _layers(plan, opened, found)
+    return _report(recipe, plan, about, base, inputs, output, figures, layers, [])
+
+
+def of_models(
+    recipe: Recipe, plan: Plan, merge: ModelMerge, figures: Figures, notes: Sequence[str]
+) -> dict[str, Any]:
+    """The report on merged models."""
+    inputs = [
+        {"model": model.typed, "fingerprint": fingerprint, "weight": weight * sign}
+        for model, fingerprint, weight, sign in zip(
+            merge.models, figures.fingerprints, plan.weights, plan.signs, strict=True
+        )
+    ]
+    base = None
+    if merge.base is not None:
+        base = {"model": merge.base.typed, "fingerprint": figures.base_fingerprint}
+    about = "differences from the base model" if merge.base else "weights"
+    output = {"model": {"fingerprint": figures.fingerprint, "tensors": len(merge.like.headers)}}
+    totals = figures.totals()
+    return _report(recipe, plan, about, base, inputs, output, totals, figures.layers, notes)
+
+
+def write_report(folder: Path, report: dict[str, Any], began: float) -> None:
+    """Write it, with the seconds since ``began`` (``time.monotonic``)."""
+    report["seconds"] = round(time.monotonic() - began, 3)
+    write_atomically(folder / REPORT, json.dumps(report, indent=2) + "\n")
+
+
+def _report(
+    recipe: Recipe,
+    plan: Plan,
+    about: str,
+    base: dict[str, Any] | None,
+    inputs: list[dict[str, Any]],
+    output: dict[str, Any],
+    figures: dict[str, Any],
+    layers: dict[str, dict[str, Any]],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    return {
+        "merge_method": recipe.merge_method,
+        "strategy": plan.strategy.name,
+        "parameters": plan.strategy.model_dump(mode="json"),
+        "paper": plan.strategy.declared.paper,
+        "acts_on": about,
+        "inputs": inputs,
+        "base_model": base,
+        "dtype": recipe.saved_as,
+        "seed": recipe.seed,
+        "output": output,
+        "figures": figures,
+        "notes": [*plan.notes, *notes],
+        "layers": layers,
+        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def _layers(plan: Plan, opened: Sequence[AdapterFolder], found: Merge) -> dict[str, dict[str, Any]]:
+    weights = torch.tensor(plan.weights, dtype=torch.float64)
+    signs = torch.tensor(plan.signs, dtype=torch.float64)
+    merged = found.adapter.deltas()
+    layers = {}
+    for name, parts in deltas([one.adapter for one in opened]).items():
+        products = gram(parts) * signs[:, None] * signs[None, :]
+        mean = math.sqrt(max(0.0, float(weights @ products @ weights)))
+        layers[name] = {
+            "kept_energy": found.kept_by_layer[name],
+            "mean_cosine": mean_cosine(products),
+            "norm_ratio": merged[name].norm() / mean if mean else 1.0,
+        }
+    return layers
+
+
+def _rounding(exact: Adapter, saved: Adapter) -> float:
+    """Relative Frobenius norm of what a type below float32 has lost, over all layers."""
+    error = size = 0.0
+    stored = saved.deltas()
+    for name, update in exact.deltas().items():
+        error += (update.to(torch.float64) - stored[name].to(torch.float64)).norm() ** 2
+        size += update.norm() ** 2
+    return math.sqrt(error / size) if size else 0.0

@@ -1,0 +1,77 @@
+"""Fisher merging (arXiv 2111.09832): a mean that trusts each hospital where it is sure.
+
+    theta = sum_k w_k F_k theta_k / sum_k w_k F_k     entry by entry of the factor that was trained
+
+F_k is the diagonal Fisher information, the mean of squared per-patient gradients. It comes noised,
+with as many entries as the adapter, and of a gradient of norm C one entry holds C^2 / entries on
+average: far below noise of C^2. So entries are raised to ``floor`` times the mean magnitude of all
+hospitals' entries in the layer. What noise there is decides the rest: this is the plain mean with
+weights that are partly random, and worth its budget only where the budget is very large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from adapters.adapter import Adapter
+from adapters.lowrank import LowRank
+from adapters.statistics import MeasuredAdapter
+from strategies.base import (
+    Declaration,
+    Draw,
+    MergeError,
+    Strategy,
+    Update,
+    mean_under_shared,
+    statistics_of,
+)
+
+Factor = Literal["A", "B"]
+
+
+class Fisher(Strategy):
+    """Mean of the trained factor weighted by its Fisher information, the other factor shared."""
+
+    name: ClassVar[str] = "fisher"
+    declared: ClassVar = Declaration(
+        space="factors",
+        paper="arXiv 2111.09832",
+        keeps=frozenset({"one", "equal", "scale"}),
+        trains=("B", "A", "alternate"),
+        statistics="fisher",
+    )
+    floor: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times the mean magnitude in the layer
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``. Raises MergeError when no factor is shared, or without F."""
+        trained, shared = _factors(adapters[0])
+        means = mean_under_shared(adapters, weights, shared)
+        if means is None:
+            raise MergeError(f"fisher needs the same {shared} from every hospital")
+        keys = {name: f"{name}.lora_{trained}.weight" for name in means}
+        measured = statistics_of(adapters, keys.values())
+        w = torch.tensor(list(weights), dtype=torch.float64)[:, None, None]
+        scale = adapters[0].spec.scale
+        merged = {}
+        for name, mean in means.items():
+            own = torch.stack([getattr(a.layers[name], trained).double() for a in adapters])
+            F = torch.stack([statistics[keys[name]] for statistics in measured])
+            least = self.floor * float(F.abs().mean()) or 1.0  # nothing measured: the plain mean
+            F = w * F.clamp(min=least)
+            value = (F * own).sum(0) / F.sum(0)
+            merged[name] = (
+                LowRank(value * scale, mean.A) if trained == "B" else LowRank(mean.B, value)
+            )
+        return merged
+
+
+def _factors(adapter: Adapter) -> tuple[Factor, Factor]:
+    """Which factor was trained, as its statistics say, and which is shared."""
+    own = adapter.statistics if isinstance(adapter, MeasuredAdapter) else {}
+    return ("A", "B") if any(n.endswith("lora_A.weight") for n in own) else ("B", "A")

@@ -1,0 +1,85 @@
+"""RegMean (arXiv 2212.09849) in its rank x rank form: least squares over what each B sees.
+
+Under a shared A, B multiplies z = A x only, so the B that best keeps every hospital's outputs,
+argmin_B sum_k w_k E ||(B - B_k) z||^2, needs of each no more than G_k = E z z^T, (rank, rank):
+
+    B = mean + (sum_k w_k (B_k - mean) G_k) (T + ridge tr(T)/rank I)^-1     T = sum_k w_k G_k
+
+mean = sum_k w_k B_k. Without ridge this is (sum w_k B_k G_k) T^-1, the least squares of all
+hospitals' data together where G_k is that of the data and B_k its solution. The paper's form needs
+G of x, (width, width): hundreds of times the adapter, and that much more noise. A ridge draws the
+result to the plain mean, which is all that is left where nothing is known of z.
+
+Each G_k comes noised, so it is projected to positive semidefinite matrices first; both that and the
+ridge are post-processing. A hospital that lies about G_k may outweigh the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from adapters.lowrank import LowRank
+from strategies.base import (
+    Declaration,
+    Draw,
+    MergeError,
+    Strategy,
+    Update,
+    mean_under_shared,
+    statistics_of,
+)
+
+
+class RegMean(Strategy):
+    """Least squares under a shared A, from the Gram matrices of A x."""
+
+    name: ClassVar[str] = "regmean"
+    declared: ClassVar = Declaration(
+        space="factors", paper="arXiv 2212.09849", trains=("B", "core"), statistics="gram"
+    )
+    ridge: Annotated[float, Field(ge=0, le=1000)] = 1.0  # times the mean eigenvalue of T
+
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``. Raises MergeError when the A differ, or without G."""
+        means = mean_under_shared(adapters, weights, "A")
+        if means is None:
+            raise MergeError("regmean needs the same A from every hospital")
+        grams = statistics_of(adapters, means)
+        scale = adapters[0].spec.scale
+        merged = {}
+        for name, mean in means.items():
+            own = [semidefinite(statistics[name]) for statistics in grams]
+            factors = [adapter.layers[name].B.double() * scale for adapter in adapters]
+            B = least_squares(factors, own, weights, mean.B, self.ridge)
+            merged[name] = LowRank(B, mean.A)
+        return merged
+
+
+def semidefinite(gram: Tensor) -> Tensor:
+    """The nearest positive semidefinite matrix in Frobenius norm: negative eigenvalues become 0."""
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * values.clamp(min=0)) @ vectors.T
+
+
+def least_squares(
+    factors: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    weights: Sequence[float],
+    mean: Tensor,
+    ridge: float,
+) -> Tensor:
+    """B (m, r) of the module's formula; directions of z that no hospital has seen keep the mean."""
+    total, pull = torch.zeros_like(grams[0]), torch.zeros_like(mean)
+    for B, G, w in zip(factors, grams, weights, strict=True):
+        total += w * G
+        pull += w * (B - mean) @ G
+    total += ridge * total.trace() / len(total) * torch.eye(len(total), dtype=total.dtype)
+    return mean + pull @ torch.linalg.pinv(total, hermitian=True)

@@ -1,0 +1,338 @@
+"""The command: what it refuses, in one line; that its output is whole or absent; what it holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import wardround
+from server.offline import command
+from server.offline.model_folder import ModelFolder
+from tests.server.offline.conftest import Call, lora
+
+TIES = {"merge_method": "ties", "parameters": {"density": 0.5}}
+LINEAR = {"merge_method": "linear"}
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error."""
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if "━" not in line and line.strip()]
+    assert len(lines) == 1, err
+    return lines[0].removeprefix("wardround: ")
+
+
+def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
+    """A copy with other tensors, or with other words in its configuration."""
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        state = load_file(file)
+        for name in state:
+            for part, make in change.get("tensors", {}).items():
+                if part in name:
+                    state[name] = make(state[name])
+        save_file(state, file, metadata={"format": "pt"})
+    for file in target.glob("*config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change.get("config", {})))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"merge_method": "tise"}, "merge_method=tise: choose one of breadcrumbs, "),
+        ({"merge_method": "sce"}, "merge_method=sce is not supported (ties is nearest to it): cho"),
+        (LINEAR | {"slices": []}, "slices is not supported: layers cannot be taken from"),
+        (LINEAR | {"modles": []}, "unknown key modles; there are: merge_method, models, "),
+        (LINEAR | {"dtype": "int8"}, "dtype=int8: input should be 'float32', 'float16' or "),
+        (LINEAR | {"models": []}, "models=[]: "),
+        (LINEAR | {"output": "model"}, "output=model: needs base_model, the folder of the"),
+        (LINEAR | {"output": "both", "base_model": "a/b"}, "base_model=a/b: no folder of a model"),
+        (LINEAR | {"tokenizer_source": "base"}, "tokenizer_source: an adapter has none"),
+        (LINEAR | {"parameters": {"density": 1}}, "parameters.density: linear has no such para"),
+        (LINEAR | {"parameters": {"rank": 0}}, "parameters.rank=0: must be a whole number"),
+        (LINEAR | {"parameters": {"weight": [0, 1]}}, "models.0.parameters.weight: must be one n"),
+        (LINEAR | {"parameters": {"weight": 0}}, "models.0.parameters.weight=0: leave the model"),
+        (LINEAR | {"parameters": {"normalize": "no"}}, "parameters.normalize=no: must be true or"),
+        (LINEAR | {"parameters": {"t": 0.5}}, "parameters.t: is for slerp between two models"),
+        ({"merge_method": "ties"}, "parameters.density: must be given for ties; 1, which"),
+        (TIES | {"parameters": {"density": 1.5}}, "ties: parameters.density=1.5: input should be"),
+        (
+            TIES | {"parameters": {"density": [0.1, 0.9]}},
+            "parameters.density: must be one value; no gradients, no filters",
+        ),
+        (
+            TIES | {"parameters": {"density": 0.5, "rescale": True}},
+            "parameters.rescale=True: not supported here; entries that are kept are kept as they",
+        ),
+        (
+            TIES | {"parameters": {"density": 0.5, "lambda": 1, "strength": 1}},
+            "parameters.strength: is there by another name; give one of them",
+        ),
+        (
+            TIES | {"parameters": {"density": 0.5, "gamma": 0.1}},
+            "parameters.gamma: ties has no such parameter; there are: weight, rank, normalize, ",
+        ),
+        (
+            {"merge_method": "dare_ties", "parameters": {"density": 0.5, "elect": False}},
+            "parameters.elect: dare_ties has no such parameter; there are: weight, rank, normal",
+        ),
+        (
+            {"merge_method": "della", "parameters": {"density": 0.9}},
+            "della: parameters.density=0.9: from 0.15 to 0.85",
+        ),
+        (
+            {"merge_method": "model_stock", "parameters": {"filter_wise": True}},
+            "parameters.filter_wise=True: not supported here; tensors are compared whole",
+        ),
+        (
+            {"merge_method": "dare_ties", "parameters": {"density": 0.5, "weight": 9}},
+            "models: weights times lambda come to 18, more than 10; give smaller ones, or norma",
+        ),
+        (
+            {"merge_method": "slerp", "parameters": {"t": 1}},
+            "parameters.t=1: must lie between 0 and 1; else it is a copy",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused_by_key(
+    recipe: dict[str, Any],
+    expected: str,
+    adapters: list[Path],
+    tmp_path: Path,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = {"models": adapters[:2]} if "models" not in recipe else {}
+    assert call(**{**recipe, **listed}) == 2
+    assert said(capsys).removeprefix(f"{tmp_path / 'recipe.yaml'}: ").startswith(expected)
+    assert {f.name for f in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([{"density": 0.4}, {}], "models.0.parameters.density=0.4: must be the same for all"),
+        ([{"lambda": 1}, {}], "models.0.parameters.lambda: belongs under parameters of the who"),
+        ([{"weight": 1}, {}], "models.1.parameters.weight: is missing; others have one"),
+        ([{"weight": -1}, {"weight": 2}], "models.0.parameters.weight=-1: must be positive; "),
+        ([{"weight": "x"}, {"weight": 2}], "models.0.parameters.weight=x: must be a number"),
+    ],
+)
+def test_parameters_of_one_model_are_followed_or_refused(
+    own: list[dict[str, Any]],
+    expected: str,
+    adapters: list[Path],
+    tmp_path: Path,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = dict(zip(adapters, own, strict=False))
+    assert call(**TIES, models=listed) == 2
+    assert said(capsys).removeprefix(f"{tmp_path / 'recipe.yaml'}: ").startswith(expected)
+
+
+def test_density_given_to_each_model_alike_is_the_density(
+    adapters: list[Path], tmp_path: Path, call: Call
+) -> None:
+    assert call(tmp_path / "a", **TIES, models=adapters) == 0
+    own = {path: {"density": 0.5, "weight": 2} for path in adapters}
+    assert call(tmp_path / "b", merge_method="ties", models=own) == 0
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_whole_models_need_what_their_method_needs(
+    models: list[Path], adapters: list[Path], tiny_model: Path, call: Call, capsys: Any
+) -> None:
+    def refusal(**recipe: Any) -> str:
+        assert call(**{"models": models, **recipe}) == 2
+        return said(capsys).partition("recipe.yaml: ")[2]
+
+    assert refusal(**TIES).startswith("base_model: must be given; ties merges differences from it")
+    whole = {"density": 0.5, "scope": "model"}
+    found = refusal(merge_method="ties", parameters=whole, base_model=tiny_model)
+    assert found.startswith("parameters.scope=model: the entries of a whole model are not held")
+    assert refusal(**LINEAR, parameters={"rank": 4}).startswith("parameters.rank=4: only adapters")
+    assert refusal(**LINEAR, output="both") == "output=both: whole models merge to a model"
+    mixed = refusal(**LINEAR, models=[models[0], adapters[0]])
+    assert "is an adapter among models; first make it a model" in mixed
+    assert refusal(**LINEAR, models=["x/y"]).startswith("models.0.model=x/y: no such folder; downl")
+    assert refusal(**LINEAR, tokenizer_source="union").startswith("tokenizer_source=union: not su")
+    assert refusal(
+        merge_method="slerp", models=models[:2], base_model=tiny_model, parameters={"t": 0.5}
+    ).endswith("slerp needs one of its two models, for t = 0")
+    given = {tiny_model: {"weight": 1}, models[0]: {"weight": 1}}
+    assert "does not differ from itself" in refusal(**TIES, models=given, base_model=tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tensors": {"lora_A": lambda t: t * torch.nan}}, "bad: holds NaN or infinity"),
+        ({"config": {"use_dora": True}}, "bad: use_dora is not supported in an adapter"),
+        ({"config": {"peft_type": "IA3"}}, "bad: is IA3, and only LoRA is merged"),
+        ({"config": {"base_model_name_or_path": "x/other"}}, "bad: was made for x/other, "),
+        ({"config": {"r": None}}, "bad: adapter_config.json says no r"),
+        ({"config": {"r": 5}}, "bad: model.layers.0.mlp.down_proj: rank 4, expected 5"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_named(
+    change: dict[str, Any],
+    expected: str,
+    adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    broken(adapters[0], tmp_path / "bad", change)
+    assert call(**LINEAR, models=[adapters[1], Path("bad")]) == 1
+    assert said(capsys).startswith(expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_other_layers_or_of_another_base_are_named(
+    adapters: list[Path],
+    wide_model: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    call: Call,
+    capsys: Any,
+) -> None:
+    wide = lora(wide_model, tmp_path / "wide", 1)
+    assert call(**LINEAR, models=[adapters[0], wide], base_model="one") == 1
+    assert "has shape (128, 192), not (32, 48) as in" in said(capsys)
+    assert call(**LINEAR, models=[wide], base_model=tiny_model, output="model") == 1
+    assert "has shape (32, 48), not (128, 192) as in the adapters" in said(capsys)
+    other = lora(tiny_model, tmp_path / "other", 1, target_modules=["q_proj"])
+    assert call(**LINEAR, models=[adapters[0], other]) == 1
+    assert "adapts other layers than" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tensors": {"norm": lambda t: t / 0}}, "bad: model.layers.0.input_layernorm.weight hol"),
+        ({"tensors": {"up_proj": lambda t: t[:5].clone()}}, "bad: model.layers.0.mlp.up_proj.wei"),
+        ({"config": {"architectures": ["Other"]}}, "bad: architectures is ['Other'], in "),
+        ({"config": {"quantization_config": {"bits": 4}}}, "bad: its weights are quantised; ta"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_named(
+    change: dict[str, Any],
+    expected: str,
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    broken(models[0], tmp_path / "bad", change)
+    assert call(**LINEAR, models=[models[1], Path("bad")]) == 1
+    assert said(capsys).startswith(expected)
+    assert {f.name for f in tmp_path.iterdir()} == {"recipe.yaml", "bad"}
+
+
+def test_an_output_folder_with_anything_in_it_is_left_alone(
+    adapters: list[Path], tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert call(**LINEAR, models=adapters) == 0  # an empty one is filled
+    before = {f: f.read_bytes() for f in out.iterdir()}
+    capsys.readouterr()
+    assert call(**LINEAR, models=adapters) == 2
+    assert said(capsys) == f"{out}: exists and is not empty; name a new folder"
+    assert {f: f.read_bytes() for f in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, OSError("No space left on device")])
+def test_a_merge_that_does_not_end_leaves_nothing(
+    problem: BaseException,
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Call,
+) -> None:
+    def fails(*_: object) -> None:
+        assert [f for f in tmp_path.iterdir() if f.name.startswith(".out.")]  # all but the report
+        raise problem
+
+    monkeypatch.setattr(command, "write_report", fails)
+    assert call(**LINEAR, models=models) in (1, 130)
+    assert {f.name for f in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+def test_of_every_model_one_tensor_is_held(
+    models: list[Path], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    held: dict[int, int] = {}
+    most = 0
+    read = ModelFolder.tensor
+
+    def counted(self: ModelFolder, name: str) -> Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        held[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, held.pop, id(tensor))
+        most = max(most, sum(held.values()))
+        return tensor
+
+    monkeypatch.setattr(ModelFolder, "tensor", counted)
+    assert call(**TIES, models=models, base_model=tiny_model) == 0
+    largest = max(t.nbytes for t in load_file(tiny_model / "model.safetensors").values())
+    assert largest <= most <= 4 * largest
+
+
+def test_the_recipe_in_the_help_can_be_followed(
+    adapters: list[Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = wardround.COMMANDS["merge"].text.splitlines()
+    recipe = lines[lines.index(next(x for x in lines if "merge_method" in x)) :]
+    text = "\n".join(re.split(r" {3,}(?=\S)", line[2:])[0] for line in recipe)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "experts/cardiology").symlink_to(adapters[0])
+    (tmp_path / "experts/oncology").symlink_to(adapters[1])
+    (tmp_path / "models/base").symlink_to(tiny_model)
+    assert wardround.main(["merge", "recipe.yaml", "merged"]) == 0
+    made = {f.name for f in (tmp_path / "merged").iterdir()}
+    assert made == {"adapter", "model", "merge_report.json"}
+
+
+@pytest.mark.parametrize("words", [[], ["a.yaml"], ["a.yaml", "b", "c"]])
+def test_both_places_must_be_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert wardround.main(["merge", *words]) == 2
+    assert said(capsys) == "say what and where to: wardround merge FILE.yaml OUT_DIR"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "no readable file"),
+        ("a: [", "not valid YAML (line 2)"),
+        ("just words", "says no merge_method and models; see docs/offline-merging.md"),
+    ],
+)
+def test_a_file_that_is_no_recipe(
+    text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    if text is not None:
+        file.write_text(text + "\n")
+    assert wardround.main(["merge", str(file), str(tmp_path / "out")]) == 2
+    assert said(capsys) == f"{file}: {expected}"

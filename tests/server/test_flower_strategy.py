@@ -1,0 +1,353 @@
+"""Our merges as Flower strategies: over real messages, and once in Flower's simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from conf.load import ConfigError
+from server.flower_strategy import MergeStrategy
+from strategies.base import MergeError
+from strategies.registry import OURS
+
+if TYPE_CHECKING:
+    from conftest import LocalGrid
+
+Grids = type["LocalGrid"]
+Change = Callable[[RecordDict], None]
+
+PREFIX = "base_model.model."
+SHAPES = {"model.layers.0.self_attn.q_proj": (8, 6), "model.layers.1.self_attn.v_proj": (5, 6)}
+
+
+def factors(seed: int, rank: int = 2, prefix: str = PREFIX) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, (m, n) in SHAPES.items():
+        made[f"{prefix}{name}.lora_A.weight"] = torch.randn(rank, n, generator=g)
+        made[f"{prefix}{name}.lora_B.weight"] = torch.randn(m, rank, generator=g)
+    return made
+
+
+def products(tensors: dict[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
+    """Scaled dense updates by layer."""
+    found = {}
+    for name in (n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n):
+        A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        scale = 1.0 if alpha is None else alpha / len(A)
+        found[name.removeprefix(PREFIX)] = scale * B.double() @ A.double()
+    return found
+
+
+def arrays_of(content: RecordDict) -> dict[str, Tensor]:
+    return dict(content.array_records["arrays"].to_torch_state_dict())
+
+
+def reply(message: Message, tensors: dict[str, Tensor], **metrics: Any) -> Message:
+    content = RecordDict({"arrays": ArrayRecord(tensors)})
+    if metrics:
+        content["metrics"] = MetricRecord({k.replace("_", "-"): v for k, v in metrics.items()})
+    return Message(content, reply_to=message)
+
+
+def hospital(seed: int, message: Message, rank: int = 2, changed: Change | None = None) -> Message:
+    """Trains (draws) factors of its own and counts ``seed`` examples."""
+    answer = reply(message, factors(seed, rank), num_examples=seed, loss=float(seed))
+    if changed:
+        changed(answer.content)
+    return answer
+
+
+def hospitals(**options: Any) -> dict[int, Callable[[Message], Message | None]]:
+    return {10 + k: partial(hospital, k, **options) for k in (1, 2, 3)}
+
+
+def start(strategy: MergeStrategy, grid: Grid, rounds: int = 1, rank: int = 2) -> Any:
+    return strategy.start(grid, ArrayRecord(factors(0, rank)), num_rounds=rounds)
+
+
+def only_train(name: str = "product_mean", *args: Any, **options: Any) -> MergeStrategy:
+    return MergeStrategy(name, *args, fraction_evaluate=0.0, **options)
+
+
+def gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert set(one) == set(other)
+    size = sum(float(x.square().sum()) for x in other.values())
+    return (sum(float((one[n] - other[n]).square().sum()) for n in one) / size) ** 0.5
+
+
+def mean(seeds: tuple[int, ...], weights: list[float]) -> dict[str, Tensor]:
+    own = [products(factors(seed)) for seed in seeds]
+    return {n: sum(w * p[n] for w, p in zip(weights, own, strict=True)) for n in own[0]}  # type: ignore[misc]
+
+
+def best_of_rank(dense: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    found = {}
+    for name, update in dense.items():
+        U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+        found[name] = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return found
+
+
+def test_it_is_a_flower_strategy_and_gives_back_what_was_sent_in_names_types_and_shapes(
+    local_grid: Grids,
+) -> None:
+    strategy = only_train()
+    assert isinstance(strategy, FlowerStrategy)
+    sent = {n: t.half() for n, t in factors(0).items()}
+    found = strategy.start(local_grid(hospitals()), ArrayRecord(sent), num_rounds=2).arrays
+    tensors = found.to_torch_state_dict()
+    assert list(tensors) == list(sent)
+    assert all(t.dtype == torch.float16 and t.shape == sent[n].shape for n, t in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "weights"), [(None, [1 / 3] * 3), ("num-examples", [1 / 6, 2 / 6, 3 / 6])]
+)
+def test_products_are_averaged_equally_or_by_a_metric(
+    key: str | None, weights: list[float], local_grid: Grids
+) -> None:
+    result = start(only_train(weighted_by_key=key), local_grid(hospitals()))
+    expected = best_of_rank(mean((1, 2, 3), weights), 2)
+    assert gap(products(result.arrays.to_torch_state_dict()), expected) < 1e-6
+    metrics = result.train_metrics_clientapp[1]
+    assert metrics["loss"] == pytest.approx(sum(w * k for w, k in zip(weights, (1, 2, 3))))  # noqa: B905
+    assert metrics["merge-hospitals"] == 3
+    assert 0 < metrics["merge-kept-energy"] < 1 < metrics["merge-discrepancy"] + 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        kind.name
+        for kind in OURS
+        if kind.name not in ("ffa", "fedsvd", "rolora") and not kind.declared.statistics
+    ],
+)
+def test_every_strategy_of_ours_runs_as_one_of_flowers(name: str, local_grid: Grids) -> None:
+    own = hospitals()
+    own |= {14: partial(hospital, 4), 15: partial(hospital, 5)}
+    if name == "slerp":
+        own = {k: own[k] for k in (11, 12)}
+    tensors = start(only_train(name), local_grid(own), 2).arrays.to_torch_state_dict()
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["ffa", "fedsvd", "rolora"])
+@pytest.mark.parametrize("sends_all", [True, False])
+def test_under_a_shared_factor_only_the_other_one_need_travel(
+    name: str, sends_all: bool, local_grid: Grids
+) -> None:
+    def trained(seed: int, message: Message) -> Message:
+        sent = arrays_of(message.content)
+        own = {n: t + seed if "lora_B" in n else t for n, t in sent.items()}
+        return reply(message, {n: t for n, t in own.items() if sends_all or "lora_B" in n})
+
+    result = start(only_train(name), local_grid({k: partial(trained, k) for k in (1, 2, 3)}))
+    expected = {n: t + 2 if "lora_B" in n else t for n, t in factors(0).items()}
+    assert gap(products(result.arrays.to_torch_state_dict()), products(expected)) < 1e-6
+
+
+def test_ranks_may_differ_and_then_alpha_counts(local_grid: Grids) -> None:
+    own = hospitals() | {11: partial(hospital, 1, rank=4)}
+    result = start(only_train(alpha=8.0), local_grid(own))
+    updates = [products(factors(1, 4), 8.0), *(products(factors(k), 8.0) for k in (2, 3))]
+    expected = {n: torch.stack([u[n] for u in updates]).mean(0) for n in updates[0]}
+    found = products(result.arrays.to_torch_state_dict(), 8.0)
+    assert gap(found, best_of_rank(expected, 2)) < 1e-6
+
+
+# --- replies that are no use --------------------------------------------------------------------
+
+
+def change(alter: Callable[[dict[str, Tensor]], dict[str, Tensor]], content: RecordDict) -> None:
+    content["arrays"] = ArrayRecord(alter(arrays_of(content)))
+
+
+def cut(content: RecordDict) -> None:
+    for array in content.array_records["arrays"].values():
+        array.data = array.data[:40]
+
+
+def second_record(content: RecordDict) -> None:
+    content["more"] = ArrayRecord(factors(5))
+
+
+BAD: dict[str, tuple[Change, str]] = {
+    "nan": (
+        partial(change, lambda t: {n: x * float("nan") for n, x in t.items()}),
+        "factors hold NaN or infinity",
+    ),
+    "huge": (
+        partial(change, lambda t: {n: x * 1e30 for n, x in t.items()}),
+        "factors impossibly large",
+    ),
+    "integers": (
+        partial(change, lambda t: {n: x.int() for n, x in t.items()}),
+        "not one record of arrays",
+    ),
+    "names": (
+        partial(change, lambda t: {f"evil.{n}": x for n, x in t.items()}),
+        "factors missing or unexpected",
+    ),
+    "part": (
+        partial(change, lambda t: dict(list(t.items())[1:])),
+        "factors missing or unexpected",
+    ),
+    "shape": (
+        partial(change, lambda t: {n: x[:, :-1] if "_A" in n else x for n, x in t.items()}),
+        "factors of another shape",
+    ),
+    "cut": (cut, "not one record of arrays"),
+    "two records": (second_record, "not one record of arrays"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(
+    kind: str, local_grid: Grids, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed, reason = BAD[kind]
+    strategy = only_train()
+    with caplog.at_level("WARNING", "flwr"):
+        own = hospitals() | {12: partial(hospital, 2, changed=changed)}
+        result = start(strategy, local_grid(own))
+    expected = best_of_rank(mean((1, 3), [0.5, 0.5]), 2)
+    assert gap(products(result.arrays.to_torch_state_dict()), expected) < 1e-6
+    assert strategy.left_out == {1: {12: reason}}
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), [1, 2], None])
+def test_a_weight_that_is_no_positive_number_leaves_its_sender_out(
+    weight: Any, local_grid: Grids
+) -> None:
+    def lies(content: RecordDict) -> None:
+        if weight is None:
+            del content["metrics"]
+        else:
+            content.metric_records["metrics"]["num-examples"] = weight
+
+    strategy = only_train(weighted_by_key="num-examples")
+    start(strategy, local_grid(hospitals() | {13: partial(hospital, 3, changed=lies)}))
+    assert strategy.left_out == {1: {13: "metric num-examples is no positive number"}}
+
+
+def test_errors_and_silence_are_left_out_under_the_node_that_was_asked(local_grid: Grids) -> None:
+    def gone(message: Message) -> Message:
+        answer = Message(error=Error(code=5, reason="Mrs Miller, 64"), reply_to=message)
+        answer.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers
+        return answer
+
+    strategy = only_train()
+    result = start(strategy, local_grid(hospitals() | {11: gone, 12: lambda _: None}))
+    assert strategy.left_out == {1: {11: "Flower error 5", 12: "no answer in time"}}
+    expected = products(factors(3))
+    assert gap(products(result.arrays.to_torch_state_dict()), expected) < 1e-6
+
+
+def test_without_a_usable_reply_the_arrays_stay_as_they_were(local_grid: Grids) -> None:
+    bad, _ = BAD["nan"]
+    grid = local_grid(hospitals(changed=bad))
+    strategy = only_train()
+    assert not start(strategy, grid, 2).arrays  # as with Flower's own: no round gave any
+    assert set(strategy.left_out) == {1, 2}
+
+
+def test_metrics_that_differ_are_not_averaged_and_stop_nothing(local_grid: Grids) -> None:
+    def other(content: RecordDict) -> None:
+        content["metrics"] = MetricRecord({"accuracy": 1.0})
+
+    result = start(
+        only_train(), local_grid(hospitals() | {11: partial(hospital, 1, changed=other)})
+    )
+    metrics = result.train_metrics_clientapp[1]
+    assert "loss" not in metrics
+    assert metrics["merge-hospitals"] == 3
+
+
+def test_evaluation_metrics_are_averaged(local_grid: Grids) -> None:
+    result = start(MergeStrategy(min_evaluate_nodes=3), local_grid(hospitals()))
+    assert dict(result.evaluate_metrics_clientapp[1]) == pytest.approx(
+        {"num-examples": 2.0, "loss": 2.0}
+    )
+
+
+# --- mistakes of the user -----------------------------------------------------------------------
+
+
+def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.name=best: choose one of"):
+        MergeStrategy("best")
+    with pytest.raises(ConfigError, match=r"strategy\.density=2"):
+        MergeStrategy("ties", {"density": 2})
+    with pytest.raises(ConfigError, match="strategy=lines: needs gram statistics"):
+        MergeStrategy("lines", {"of": "regmean"})
+    for arrays in ({"conv.weight": torch.ones(2, 2)}, factors(0) | {"head.weight": torch.ones(2)}):
+        with pytest.raises(ValueError, match=r"LoRA factor|no factor"):
+            only_train().start(local_grid(hospitals()), ArrayRecord(arrays), num_rounds=1)
+    with pytest.raises(MergeError, match="ffa needs the same A"):
+        start(only_train("ffa"), local_grid(hospitals()))
+
+
+# --- Flower's own engine ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_in_flowers_simulation_peft_adapters_learn_and_a_broken_hospital_is_left_out(
+    tiny_model: Path,
+) -> None:
+    from simulation.flower import run_simulation
+
+    client = ClientApp()
+
+    def live() -> Any:
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+
+    ids = torch.arange(24).reshape(2, 12)
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        model = live()
+        set_peft_model_state_dict(model, arrays_of(message.content))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        own = get_peft_model_state_dict(model)
+        if context.node_config["partition-id"] == 2:
+            own = {n: t * float("nan") for n, t in own.items()}
+        return reply(message, own, num_examples=5, loss=float(loss))
+
+    server = ServerApp()
+    seen: dict[str, Any] = {}
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = MergeStrategy(
+            "product_mean", alpha=4, min_available_nodes=3, fraction_evaluate=0.0
+        )
+        start = ArrayRecord(get_peft_model_state_dict(live()))
+        seen["result"] = strategy.start(grid, start, num_rounds=3, train_config=ConfigRecord())
+        seen["left_out"] = strategy.left_out
+
+    run_simulation(server, client, 3, backend_config={"client_resources": {"num_cpus": 1}})
+    assert [list(reasons.values()) for reasons in seen["left_out"].values()] == [
+        ["factors hold NaN or infinity"]
+    ] * 3
+    losses = [m["loss"] for m in seen["result"].train_metrics_clientapp.values()]
+    assert losses[0] > losses[1] > losses[2]
