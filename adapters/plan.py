@@ -16,13 +16,14 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.chosen_layers import half_of
 from adapters.statistics import Statistic
-from adapters.trained_part import TrainedPart, joined, part_of_round, to_travel
+from adapters.trained_part import TrainedPart, frozen_suffix, joined, part_of_round, to_travel
 from conf.schema import (
     AdapterSettings,
     OptimizerSettings,
     PrivacySettings,
     Settings,
     TrainingSettings,
+    Wire,
 )
 
 
@@ -41,6 +42,7 @@ class TrainingPlan(Settings):
     privacy: PrivacySettings
     optimizer: OptimizerSettings
     upload: TrainedPart
+    wire: Wire = "float32"
     statistics: Statistic | None = None  # that the merge needs beside the adapter
 
     @model_validator(mode="after")
@@ -83,6 +85,17 @@ class TrainingPlan(Settings):
         if not self.adapter.freeze_half:
             return frozenset(layers)
         return half_of(layers, self.seed, self.round)
+
+    def travels_exactly(self, names: Iterable[str]) -> frozenset[str]:
+        """Of an adapter's tensors those that this round leaves as they are."""
+        known = list(names)
+        moved = self.trained_layers({name.rpartition(".lora_")[0] for name in known})
+        frozen = frozen_suffix(self.upload)
+        return frozenset(
+            name
+            for name in known
+            if name.rpartition(".lora_")[0] not in moved or (frozen and name.endswith(frozen))
+        )
 
     def to_travel(self, trained: Adapter) -> dict[str, Tensor]:
         """The tensors of a trained adapter that go back to the coordinator, by name."""
@@ -135,5 +148,6 @@ def plan_round(
         privacy=settings.privacy,
         optimizer=settings.optimizer,
         upload=part_of_round(settings.adapter.train, number),
+        wire=settings.federation.wire,
         statistics=statistics,
     )

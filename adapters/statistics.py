@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters.adapter import Adapter
@@ -24,6 +24,7 @@ from adapters.trained_part import TrainedPart, to_travel
 Statistic = Literal["fisher", "gram"]
 Statistics = Mapping[str, Tensor]
 
+_FILE = "statistics.safetensors"
 _LARGEST = 1e6  # of an entry; what is clipped and noised as it should be comes nowhere near
 
 
@@ -39,8 +40,16 @@ class MeasuredAdapter(Adapter):
     def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
         """As ``Adapter.save``, with the statistics in a file of their own."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.statistics), folder / "statistics.safetensors")
+        save_file(dict(self.statistics), folder / _FILE)
         return super().save(folder, base_model, dtype)
+
+
+def load_measured(folder: Path) -> Adapter:
+    """What ``save`` wrote: a MeasuredAdapter where there are statistics. Raises as Adapter.load."""
+    adapter, file = Adapter.load(folder), folder / _FILE
+    if not file.exists():
+        return adapter
+    return MeasuredAdapter(adapter.spec, adapter.layers, load_file(file))
 
 
 def require_statistics(

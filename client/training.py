@@ -1,7 +1,8 @@
 """One round at a hospital, in the order that keeps its promises.
 
     policy -> answered before? -> model -> notes -> noise for the whole plan -> ledger (on disk)
-    -> sample, clip, noise, step -> statistics if asked for -> gate -> ledger closed, with the reply
+    -> sample, clip, noise, step -> statistics if asked for -> gate -> rounded for the wire
+    -> ledger closed, with the reply
 
 Nothing touches a note's gradient before the charge is on disk, and nothing leaves but through the
 gate. A task that was answered before gets the stored reply again.
@@ -52,6 +53,7 @@ from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
 from client.privacy.statistics import released_statistics, statistic_sums
 from client.refusal import Reason, Refusal, failure_site
+from client.upload import rounded
 from conf.policy import SitePolicy
 from conf.schema import ComputeSettings, ModelSettings, OptimizerSettings
 
@@ -130,7 +132,8 @@ def _train(
             model, plan, units, tokens, policy.compute, noise, sampling, numbers, on_step
         )
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
-        return Gate(plan, policy, received, charge=None).release(trained, facts)
+        released = Gate(plan, policy, received, charge=None).release(trained, facts)
+        return rounded(released, plan, received, policy, _task(plan, received))
 
     bench.rehearse(plan, policy.compute)
     reservation, charge = _reserve(ledger, plan, received, policy, audit_head, random.name)
@@ -146,8 +149,8 @@ def _train(
         }
         trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
         measured = _statistics(model, plan, units, tokens, policy.compute, charge, random)
-        gate = Gate(plan, policy, received, charge)
-        reply = gate.release(trained, facts, measured).to_bytes()
+        released = Gate(plan, policy, received, charge).release(trained, facts, measured)
+        reply = rounded(released, plan, received, policy, _task(plan, received)).to_bytes()
     except Refusal as refusal:
         ledger.burn(reservation, refusal.reason.name)
         raise

@@ -19,6 +19,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 # "first:N", "last:N"; or their numbers, from 0.
 Layers = str | tuple[int, ...] | None
 TrainedFactors = Literal["B", "A", "alternate", "both", "core"]
+Wire = Literal["float32", "float16", "int8"]
 
 
 class Settings(BaseModel):
@@ -124,6 +125,7 @@ class FederationSettings(Settings):
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     min_hospitals: Annotated[int, Field(ge=1)]
     timeout_s: Positive  # of one round
+    wire: Wire = "float32"  # of the trained factors on their way; what is frozen stays exact
 
 
 class StrategySettings(Settings):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from flwr.app import Message, RecordDict
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
 from adapters.statistics import MeasuredAdapter, require_statistics
-from transport.wire import size_bytes
+from transport.wire import size_bytes, unpack_upload
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
@@ -22,13 +22,22 @@ _MOST_FACTS = 20
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """A hospital's adapter for this round, with statistics if asked for, and published facts."""
+class Answer:
+    """What a hospital published beside its adapter, and the bytes it sent."""
 
     site: str
-    adapter: Adapter
     facts: dict[str, Any]
     bytes_up: int
+
+
+@dataclass(frozen=True)
+class Accepted(Answer):
+    """The same, with its adapter for this round, and statistics if asked for."""
+
+    adapter: Adapter
+
+
+A = TypeVar("A", bound=Answer)
 
 
 @dataclass(frozen=True)
@@ -72,20 +81,19 @@ def accept(
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        return LeftOut(site, "factors not float32")
     try:
-        adapter = plan.joined(sent, tensors)
+        factors = unpack_upload(tensors, sent, plan)
+        adapter = plan.joined(sent, factors)
         require_statistics(statistics, plan.statistics, sent, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
-    if any(tensor.abs().max() > LARGEST for tensor in tensors.values()):
+    if any(tensor.abs().max() > LARGEST for tensor in factors.values()):
         return LeftOut(site, "factors impossibly large")
     if statistics:
         adapter = MeasuredAdapter(adapter.spec, adapter.layers, statistics)
-    return Accepted(site, adapter, facts, size_bytes(content))
+    return Accepted(site, facts, size_bytes(content), adapter)
 
 
 def node_name(node_id: int) -> str:
@@ -108,11 +116,11 @@ def _plain(facts: object) -> bool:
 
 
 def one_reply_each(
-    outcomes: list[Accepted | LeftOut],
-) -> tuple[list[Accepted], dict[str, str]]:
+    outcomes: Sequence[A | LeftOut],
+) -> tuple[list[A], dict[str, str]]:
     """Accepted replies in site order, and who was left out; a name used twice counts for nobody."""
-    sites = [o.site for o in outcomes if isinstance(o, Accepted)]
+    sites = [o.site for o in outcomes if isinstance(o, Answer)]
     left_out = {o.site: o.reason for o in outcomes if isinstance(o, LeftOut)}
     left_out |= {s: "two hospitals under one name" for s in sites if sites.count(s) > 1}
-    accepted = [o for o in outcomes if isinstance(o, Accepted) and o.site not in left_out]
+    accepted = [o for o in outcomes if isinstance(o, Answer) and o.site not in left_out]
     return sorted(accepted, key=lambda o: o.site), left_out

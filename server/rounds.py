@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
@@ -22,7 +22,7 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
-from server.acceptance import Accepted, accept, node_name, one_reply_each
+from server.acceptance import Accepted, Answer, LeftOut, accept, node_name, one_reply_each
 from server.run_folder import RunFolder, write_atomically
 from strategies.base import Draw, MergeError, Noise
 from strategies.merging import merge
@@ -32,6 +32,7 @@ from transport.wire import pack_task, size_bytes
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_AT_ONCE = 8  # replies fetched, so held in memory, at a time
 Report = Callable[[str, int, int], None]  # what is being done, done, total
 
 
@@ -55,11 +56,16 @@ def federate(
         sent = folder.global_adapter()
         deadline = began + settings.federation.timeout_s
         nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
-        replies, bytes_down = _exchange(grid, plan, sent, nodes, deadline, stop, report)
-        accepted, left_out = one_reply_each(
-            [accept(reply, plan, sent, node, nodes[node]) for node, reply in replies.items()]
-        )
-        for node in nodes.keys() - replies.keys():
+        folder.begin_round(number)
+        task = pack_task(plan, sent)
+        bytes_each = size_bytes(task)
+        outcomes: dict[int, Answer | LeftOut] = {}
+        for node, reply in _exchange(grid, plan, task, nodes, deadline, stop, report):
+            outcomes[node] = _kept(accept(reply, plan, sent, node, nodes[node]), folder, number)
+        accepted, left_out = one_reply_each(list(outcomes.values()))
+        for site in {o.site for o in outcomes.values() if isinstance(o, Answer)} & left_out.keys():
+            folder.drop_adapter(number, site)
+        for node in nodes.keys() - outcomes.keys():
             left_out[nodes[node] or node_name(node)] = "no answer in time"
         for site, reason in left_out.items():
             log.warning("round %d: %s left out: %s", number, site, reason)
@@ -73,18 +79,18 @@ def federate(
             weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
             moved = plan.trained_layers(sent.layers)
             draw = Draw(folder.name, number, _noise(plan, sent.only(moved), accepted))
-            merged = merge(strategy, [a.adapter.only(moved) for a in accepted], weights, draw)
+            own = folder.adapters(number, [a.site for a in accepted], moved)
+            merged = merge(strategy, own, weights, draw)
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
-        folder.begin_round(number)
-        for one in accepted:
-            one.adapter.save(folder.adapter_folder(number, one.site))
         sent.updated(merged.adapter).save(folder.adapter_folder(number))
         record: dict[str, Any] = {
             "round": number,
             "seconds": round(time.monotonic() - began, 3),
             "bytes_up": sum(a.bytes_up for a in accepted),
-            "bytes_down": bytes_down,
+            "bytes_down": bytes_each * len(nodes),
+            "uploads": {a.site: a.bytes_up for a in accepted},
+            "download": bytes_each,
             "rank": merged.adapter.spec.rank,
             "discrepancy": merged.discrepancy,
             "kept_energy": merged.kept_energy,
@@ -98,7 +104,7 @@ def federate(
     return folder.global_adapter()
 
 
-def _noise(plan: TrainingPlan, sent: Adapter, accepted: Sequence[Accepted]) -> Noise | None:
+def _noise(plan: TrainingPlan, sent: Adapter, accepted: Sequence[Answer]) -> Noise | None:
     """What is known of it: nothing where a hospital does not state its noise multiplier."""
     stated = [float(a.facts.get("noise_multiplier", -1)) for a in accepted]
     if not plan.privacy.enabled:
@@ -147,18 +153,17 @@ def _registered_name(node: NodeInfo) -> str:
 def _exchange(
     grid: Grid,
     plan: TrainingPlan,
-    sent: Adapter,
+    task: RecordDict,
     nodes: Iterable[int],
     deadline: float,
     stop: threading.Event,
     report: Report,
-) -> tuple[dict[int, Message], int]:
-    """Send the task to every node; the replies before the deadline, by node, and bytes sent.
+) -> Iterator[tuple[int, Message]]:
+    """Send the task to every node; each reply before the deadline, with its node, as it comes.
 
-    A reply belongs to the node whose task it answers. Its own sender may be the SuperLink, which
-    answers for a node that is gone.
+    Few are fetched at a time, and none is kept. A reply belongs to the node whose task it answers:
+    its own sender may be the SuperLink, which answers for a node that is gone.
     """
-    task = pack_task(plan, sent)
     messages = [
         Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))
         for node in sorted(nodes)
@@ -166,19 +171,31 @@ def _exchange(
     sent_ids = set(grid.push_messages(messages))
     asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
     waiting = sent_ids & asked.keys()  # Flower gives None for what it could not send
-    replies: dict[int, Message] = {}
+    answered = 0
+    what = f"round {plan.round} of {plan.rounds}: hospitals answered"
     while waiting:
-        report(
-            f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(messages)
-        )
-        arrived = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(waiting)}
-        replies |= {asked[answered]: reply for answered, reply in arrived.items()}
-        waiting -= arrived.keys()
+        report(what, answered, len(messages))
+        for some in _batches(sorted(waiting)):
+            for reply in grid.pull_messages(some):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                answered += 1
+                yield asked[reply.metadata.reply_to_message_id], reply
         if not waiting or time.monotonic() > deadline:
             break
         _pause(stop)
-    report(f"round {plan.round} of {plan.rounds}: hospitals answered", len(replies), len(messages))
-    return replies, size_bytes(task) * len(messages)
+    report(what, answered, len(messages))
+
+
+def _batches(ids: list[str]) -> list[list[str]]:
+    return [ids[i : i + _AT_ONCE] for i in range(0, len(ids), _AT_ONCE)]
+
+
+def _kept(outcome: Accepted | LeftOut, folder: RunFolder, number: int) -> Answer | LeftOut:
+    """The outcome without its adapter, which is on disk."""
+    if isinstance(outcome, LeftOut):
+        return outcome
+    outcome.adapter.save(folder.adapter_folder(number, outcome.site))
+    return Answer(outcome.site, outcome.facts, outcome.bytes_up)
 
 
 def _pause(stop: threading.Event) -> None:

@@ -15,13 +15,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import yaml
 
 from adapters.adapter import Adapter
+from adapters.statistics import load_measured
 from conf.load import validate
 from conf.schema import RunSettings, TrainingSettings
 
@@ -91,9 +93,36 @@ class RunFolder:
         """Remove what an interrupted try at this round has left: it is no part of the round."""
         shutil.rmtree(self.adapter_folder(number).parent, ignore_errors=True)
 
+    def adapters(self, number: int, names: Sequence[str], layers: Collection[str]) -> SavedAdapters:
+        """Those of round ``number`` by ``names``, in these layers, loaded when asked for."""
+        return SavedAdapters([self.adapter_folder(number, name) for name in names], layers)
+
+    def drop_adapter(self, number: int, name: str) -> None:
+        """Remove an adapter that does not count after all."""
+        shutil.rmtree(self.adapter_folder(number, name), ignore_errors=True)
+
     def global_adapter(self) -> Adapter:
         """The merged adapter of the last finished round (or the starting point)."""
         return Adapter.load(self.adapter_folder(len(self.finished_rounds())))
+
+
+class SavedAdapters(Sequence[Adapter]):
+    """Adapters on disk, with their statistics: each is loaded when asked for, and not kept."""
+
+    def __init__(self, folders: Sequence[Path], layers: Collection[str]) -> None:
+        self._folders, self._layers = folders, layers
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+    @overload
+    def __getitem__(self, at: int) -> Adapter: ...
+    @overload
+    def __getitem__(self, at: slice) -> SavedAdapters: ...
+    def __getitem__(self, at: int | slice) -> Adapter | SavedAdapters:
+        if isinstance(at, slice):
+            return SavedAdapters(self._folders[at], self._layers)
+        return load_measured(self._folders[at]).only(self._layers)
 
 
 def write_atomically(path: Path, text: str) -> None:

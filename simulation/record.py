@@ -114,6 +114,8 @@ class RoundPart(Part):
     seconds: float
     bytes_up: int
     bytes_down: int
+    uploads: dict[str, int] = Field(default_factory=dict)  # bytes by hospital that was merged
+    download: int | None = None  # bytes to each
     rank: int | None = None
     kept_energy: float | None = None
     discrepancy: float | None = None
@@ -169,6 +171,11 @@ class Summary(Part):
     stages: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     notices: tuple[str, ...] = ()
+
+    def sent_a_round(self, hospital: str) -> float | None:
+        """Mean bytes that a hospital sent in the rounds it was merged in; None where unknown."""
+        own = [r.uploads[hospital] for r in self.rounds if hospital in r.uploads]
+        return sum(own) / len(own) if own else None
 
     def stages_measured(self) -> list[Stage]:
         """The stages that at least one hospital was evaluated on, in order."""

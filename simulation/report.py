@@ -118,6 +118,9 @@ def print_summary(summary: Mapping[str, Any] | Summary, console: Console) -> Non
     for stage in stages:
         table.add_column(figures.STAGE_NAMES[stage], justify="right")
     table.add_column("ε spent", justify="right")
+    sent = {name: facts.sent_a_round(name) for name in facts.hospitals}
+    if any(sent.values()):
+        table.add_column("sent a round", justify="right")
     budget = wording.epsilon(facts.privacy.epsilon_budget)
     over = wording.over_budget(facts)
     for name, hospital in facts.hospitals.items():
@@ -130,7 +133,8 @@ def print_summary(summary: Mapping[str, Any] | Summary, console: Console) -> Non
         spent = Text(loss if facts.privacy.enabled else "no privacy")
         if name in over or not facts.privacy.enabled:
             spent.stylize("bold red")
-        table.add_row(Text(name), *cells, spent)
+        bytes_up = [Text(wording.size(sent[name]))] if any(sent.values()) else []
+        table.add_row(Text(name), *cells, spent, *bytes_up)
     console.print(table)
     instructions = facts.alignment.instructions
     if "aligned" in instructions and "merged" in instructions:

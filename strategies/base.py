@@ -9,21 +9,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, weighted_sum
 from adapters.statistics import MeasuredAdapter, Statistic, Statistics
 from conf.schema import Settings, TrainedFactors
+from strategies.sums import FactorSums, MergeError, Update, Updates
 
-Update = LowRank | Tensor  # a layer's merged dW: as factors, or dense (m, n) where it has full rank
-Updates = dict[str, Update]
+__all__ = [
+    "EVERY_PART", "Declaration", "Draw", "MergeError", "Noise", "Strategy", "Update", "Updates",
+    "deltas", "factor_means", "mean_under_shared", "product_means", "statistics_of",
+]  # fmt: skip
 
 EVERY_PART: tuple[TrainedFactors, ...] = ("B", "A", "alternate", "both")  # as products, not cores
-
-
-class MergeError(ValueError):
-    """The adapters cannot be merged by this strategy; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,9 @@ class Declaration:
     bases that all updates share; "entries" the dense updates, which costs memory, and energy when
     the result is factorised again.
     ``exact``: the result is the weighted mean of the products, wherever it fits into the rank.
-    ``sums``: it needs only weighted sums over hospitals, so it works under secure aggregation, and
-    in memory that does not grow with the number of hospitals.
+    ``sums``: it needs only weighted sums over hospitals, so it works under secure aggregation.
+    ``streams``: its memory does not grow with the number of hospitals, whose adapters it takes one
+    at a time.
     ``keeps``: what of one hospital, of equal hospitals, of a common scale comes out unchanged:
     "one" (one hospital merges to itself), "equal" (equal hospitals merge to themselves), "scale"
     (scaling all by c scales the result by c), "gauge" (only products matter).
@@ -50,6 +49,7 @@ class Declaration:
     paper: str
     exact: bool = False
     sums: bool = False
+    streams: bool = False
     keeps: frozenset[str] = frozenset({"one", "equal", "scale", "gauge"})
     trains: tuple[TrainedFactors, ...] = EVERY_PART
     statistics: Statistic | None = None
@@ -101,7 +101,8 @@ class Strategy(Settings):
         """Merged scaled updates by layer, float64, of any rank.
 
         ``adapters`` have the same layers of the same shapes (ranks may differ) and are finite; for
-        a strategy that declares ``statistics`` they are ``MeasuredAdapter``s;
+        a strategy that declares ``statistics`` they are ``MeasuredAdapter``s. They may lie on disk
+        and be loaded each time they are asked for; a strategy that streams holds on to none.
         ``weights`` are positive, public and sum to one. Raises MergeError when the adapters do not
         fit the strategy.
         """
@@ -121,8 +122,11 @@ def statistics_of(adapters: Sequence[Adapter], names: Iterable[str]) -> list[Sta
 
 def deltas(adapters: Sequence[Adapter]) -> dict[str, list[LowRank]]:
     """Scaled updates of all adapters by layer, float64."""
-    own = [adapter.deltas() for adapter in adapters]
-    return {name: [d[name].to(torch.float64) for d in own] for name in own[0]}
+    found: dict[str, list[LowRank]] = {}
+    for adapter in adapters:
+        for name, layer in adapter.layers.items():
+            found.setdefault(name, []).append(layer.to(torch.float64) * adapter.spec.scale)
+    return found
 
 
 def product_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
@@ -135,14 +139,7 @@ def factor_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
 
     Raises MergeError when ranks or scales differ: then factors have no mean.
     """
-    if len({(adapter.spec.rank, adapter.spec.scale) for adapter in adapters}) > 1:
-        raise MergeError("adapters of different rank or scale have no mean of factors")
-    means = {}
-    for name in adapters[0].layers:
-        B = sum(w * a.layers[name].B.double() for a, w in zip(adapters, weights, strict=True))
-        A = sum(w * a.layers[name].A.double() for a, w in zip(adapters, weights, strict=True))
-        means[name] = LowRank(B, A) * adapters[0].spec.scale  # type: ignore[arg-type]
-    return means
+    return _factor_sums(adapters, weights).means()
 
 
 def mean_under_shared(
@@ -150,16 +147,13 @@ def mean_under_shared(
 ) -> dict[str, LowRank] | None:
     """The exact mean of adapters that share factor "A" or "B" in every layer; None if they do not.
 
-    The shared factor is kept bit for bit: a mean of equal numbers would round.
+    Raises MergeError when ranks or scales differ.
     """
-    means = factor_means(adapters, weights)
-    for name, first in adapters[0].layers.items():
-        kept = getattr(first, shared)
-        if any(not getattr(a.layers[name], shared).equal(kept) for a in adapters[1:]):
-            return None
-        scale = adapters[0].spec.scale
-        if shared == "A":
-            means[name] = LowRank(means[name].B, kept.double())
-        else:
-            means[name] = LowRank(kept.double() * scale, means[name].A)
-    return means
+    return _factor_sums(adapters, weights).under_shared(shared)
+
+
+def _factor_sums(adapters: Sequence[Adapter], weights: Sequence[float]) -> FactorSums:
+    sums = FactorSums()
+    for adapter, weight in zip(adapters, weights, strict=True):
+        sums.add(adapter, weight)
+    return sums

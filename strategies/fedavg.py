@@ -6,14 +6,14 @@ sum_k w_k (B_k - mean B)(A_k - mean A); every merge reports that difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from adapters.adapter import Adapter
-from strategies.base import EVERY_PART, Declaration, Draw, Strategy, Update, factor_means
+from strategies.base import EVERY_PART, Declaration
+from strategies.streaming import Stream, Streaming
+from strategies.sums import FactorSums
 
 
-class FedAvg(Strategy):
+class FedAvg(Streaming):
     """Mean of each factor on its own."""
 
     name: ClassVar[str] = "fedavg"
@@ -21,12 +21,12 @@ class FedAvg(Strategy):
         space="factors",
         paper="arXiv 2305.05644",
         sums=True,
+        streams=True,
         keeps=frozenset({"one", "equal"}),
         trains=(*EVERY_PART, "core"),
     )
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``. Raises MergeError when ranks differ."""
-        return factor_means(adapters, weights)
+    def stream(self) -> Stream:
+        """See ``Streaming.stream``. Raises MergeError when ranks differ."""
+        sums = FactorSums()
+        return Stream(sums.add, sums.means)

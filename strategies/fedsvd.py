@@ -7,13 +7,12 @@ orthonormal rows, which bounds the gradient of B by that of dW.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from adapters.adapter import Adapter
-from adapters.lowrank import svd
-from strategies.base import Declaration, Draw, Update
+from adapters.lowrank import LowRank, svd
+from strategies.base import Declaration
 from strategies.ffa import FFA
+from strategies.sums import FactorSums
 
 
 class FedSVD(FFA):
@@ -21,12 +20,14 @@ class FedSVD(FFA):
 
     name: ClassVar[str] = "fedsvd"
     declared: ClassVar = Declaration(
-        space="factors", paper="arXiv 2505.12805", exact=True, sums=True, trains=("B",)
+        space="factors",
+        paper="arXiv 2505.12805",
+        exact=True,
+        sums=True,
+        streams=True,
+        trains=("B",),
     )
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``. Raises MergeError when the hospitals' A differ."""
-        rank = adapters[0].spec.rank
-        return {n: svd(d).truncate(rank) for n, d in self.mean(adapters, weights).items()}
+    def merged(self, sums: FactorSums) -> dict[str, LowRank]:
+        """The same product, its A with orthonormal rows."""
+        return {n: svd(mean).truncate(mean.rank) for n, mean in super().merged(sums).items()}

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from adapters.lowrank import Dense, LowRank, gram, svd
-from strategies.base import (
-    Draw,
-    MergeError,
-    Strategy,
-    Update,
-    deltas,
-    factor_means,
-)
+from adapters.lowrank import Dense, LowRank, svd
+from strategies.base import Draw, MergeError, Strategy, Update, Updates
+from strategies.figures import Figures
 from strategies.inner_products import cosines
+from strategies.sums import ProductMeans
 
 _ROUNDING = 1e-12  # singular value, relative to the layer's largest, that is rounding
 
@@ -56,46 +51,50 @@ def merge(
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
     ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's, and
-    "exact" the rank that the merged update has, so that nothing is lost.
+    "exact" the rank that the merged update has, so that nothing is lost. ``adapters`` are gone
+    through one at a time, more than once, and may be loaded each time.
     Raises MergeError when the adapters do not fit each other or the strategy.
     """
-    _check(adapters, weights)
-    first = adapters[0].spec
-    combined = strategy.combine(adapters, weights, draw or Draw())
+    if not adapters:
+        raise MergeError("no adapter to merge")
+    if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
+        raise MergeError("weights must be positive, one for each adapter, and sum to one")
+    figures = Figures(adapters, weights)
+    combined = dict(strategy.combine(adapters, weights, draw or Draw()))
     if rank == "exact":
-        combined, rank = _compressed(combined)
+        compressed, rank = _compressed(combined)
+        combined.update(compressed)
+    first, exact = figures.first, strategy.declared.exact
     spec = first if rank is None else replace(first, rank=rank, alpha=float(rank))
     layers, kept, squared = {}, {}, 0.0
-    for name, update in combined.items():
+    for name in list(combined):
+        update = combined.pop(name)  # a dense one takes much memory
+        if exact:
+            figures.compare(name, update)
         layers[name], kept[name], norm = _of_rank(update, spec.rank)
         squared += norm**2
     merged = Adapter.from_deltas(layers, spec)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
-    updates = deltas(adapters)
-    products = torch.stack([gram(parts) for parts in updates.values()]).sum(0)
-    w = torch.tensor(list(weights), dtype=torch.float64)
-    size = math.sqrt(max(0.0, float(w @ products @ w)))  # of the exact mean
+    if not exact:
+        for name, mean in _exact_means(adapters, weights).items():
+            figures.compare(name, mean)
+    size = figures.size
     return Merge(
         merged,
-        _discrepancy(adapters, updates, weights, size),
+        figures.discrepancy,
         min(kept.values()),
-        mean_cosine(products),
+        figures.mean_cosine,
         math.sqrt(squared) / size if size else 1.0,
         kept,
     )
 
 
-def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
-    if not adapters:
-        raise MergeError("no adapter to merge")
-    if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
-        raise MergeError("weights must be positive, one for each adapter, and sum to one")
-    shapes = [{name: layer.shape for name, layer in a.layers.items()} for a in adapters]
-    if any(shape != shapes[0] for shape in shapes):
-        raise MergeError("adapters differ in layers or in the shapes of layers")
-    if not all(adapter.is_finite() for adapter in adapters):
-        raise MergeError("an adapter holds NaN or infinity")
+def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updates:
+    means = ProductMeans()
+    for adapter, weight in zip(adapters, weights, strict=True):
+        means.add(adapter, weight)
+    return means.take()
 
 
 def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:
@@ -128,32 +127,6 @@ def _compressed(updates: Mapping[str, Update]) -> tuple[dict[str, LowRank], int]
             torch.cat([own.A, own.A.new_zeros(more, own.A.shape[1])]),
         )
     return layers, rank
-
-
-def _discrepancy(
-    adapters: Sequence[Adapter],
-    updates: Mapping[str, Sequence[LowRank]],
-    weights: Sequence[float],
-    size: float,
-) -> float | None:
-    """||mean(B) mean(A) - mean(B A)|| / ``size``, which is 0 wherever a factor is shared."""
-    try:
-        means = factor_means(adapters, weights)
-    except MergeError:
-        return None
-    squared = 0.0
-    for name, mean in means.items():
-        own = [adapter.layers[name] for adapter in adapters]
-        if _shared([x.A for x in own]) or _shared([x.B for x in own]):
-            continue
-        # Of a stack of the mean and all updates, one product of factors gives all inner products.
-        signs = torch.tensor([1.0, *(-w for w in weights)], dtype=torch.float64)
-        squared += max(0.0, float(signs @ gram([mean, *updates[name]]) @ signs))
-    return math.sqrt(squared) / size if size else 0.0
-
-
-def _shared(factors: Sequence[Tensor]) -> bool:
-    return all(factor.equal(factors[0]) for factor in factors[1:])
 
 
 def mean_cosine(products: Tensor) -> float | None:

@@ -10,21 +10,22 @@ this product, kept at another rank. Ranks may differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from adapters.adapter import Adapter
-from strategies.base import Declaration, Draw, Strategy, Update, product_means
+from strategies.base import Declaration
+from strategies.streaming import Stream, Streaming
+from strategies.sums import ProductMeans
 
 
-class ProductMean(Strategy):
+class ProductMean(Streaming):
     """Mean of the products, then the best approximation of the rank asked for."""
 
     name: ClassVar[str] = "product_mean"
-    declared: ClassVar = Declaration(space="gram", paper="arXiv 2402.11505", exact=True)
+    declared: ClassVar = Declaration(
+        space="gram", paper="arXiv 2402.11505", exact=True, streams=True
+    )
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
-        return product_means(adapters, weights)
+    def stream(self) -> Stream:
+        """See ``Streaming.stream``."""
+        means = ProductMeans()
+        return Stream(means.add, means.take)

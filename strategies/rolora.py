@@ -6,14 +6,15 @@ a round was is seen from the adapters. Both factors learn, yet the noise of a st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from adapters.adapter import Adapter
-from strategies.base import Declaration, Draw, MergeError, Strategy, Update, mean_under_shared
+from adapters.lowrank import LowRank
+from strategies.base import Declaration, MergeError
+from strategies.streaming import Stream, Streaming
+from strategies.sums import FactorSums
 
 
-class RoLoRA(Strategy):
+class RoLoRA(Streaming):
     """Mean of the factor that moved, under the other, which all hospitals share."""
 
     name: ClassVar[str] = "rolora"
@@ -22,15 +23,18 @@ class RoLoRA(Strategy):
         paper="arXiv 2409.02346",
         exact=True,
         sums=True,
+        streams=True,
         trains=("B", "A", "alternate"),
     )
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``. Raises MergeError when the hospitals share neither factor."""
-        for factor in ("A", "B"):
-            mean = mean_under_shared(adapters, weights, factor)
+    def stream(self) -> Stream:
+        """See ``Streaming.stream``. Raises MergeError when the hospitals share neither factor."""
+        sums = FactorSums()
+        return Stream(sums.add, lambda: self.merged(sums))
+
+    def merged(self, sums: FactorSums) -> dict[str, LowRank]:
+        """The mean under whichever factor is shared, that one bit for bit."""
+        for mean in (sums.under_shared("A"), sums.under_shared("B")):
             if mean is not None:
                 return mean
         raise MergeError(f"{self.name} needs the same A or the same B from every hospital")

@@ -6,26 +6,29 @@ mean from three hospitals on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from adapters.adapter import Adapter
-from strategies.base import Declaration, Draw, Strategy, Update, product_means
+from strategies.base import Declaration
+from strategies.streaming import Stream, Streaming
+from strategies.sums import ProductMeans
 
 
-class TaskArithmetic(Strategy):
+class TaskArithmetic(Streaming):
     """lambda K times the weighted mean."""
 
     name: ClassVar[str] = "task_arithmetic"
     declared: ClassVar = Declaration(
-        space="gram", paper="arXiv 2212.04089", sums=True, keeps=frozenset({"scale", "gauge"})
+        space="gram",
+        paper="arXiv 2212.04089",
+        sums=True,
+        streams=True,
+        keeps=frozenset({"scale", "gauge"}),
     )
     strength: Annotated[float, Field(gt=0, le=10)] = 0.4  # the paper's lambda
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
-        return product_means(adapters, [w * len(weights) * self.strength for w in weights])
+    def stream(self) -> Stream:
+        """See ``Streaming.stream``."""
+        means = ProductMeans()
+        return Stream(means.add, lambda: means.take(self.strength * means.count))

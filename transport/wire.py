@@ -2,7 +2,12 @@
 
 Down: the global adapter ("adapter") and the plan as JSON ("plan"). Up: the uploaded factors
 ("adapter"), the facts the gate released ("facts") and statistics where the plan asks for them
-("statistics"), or a refusal ("refusal"). Tensors travel as float32.
+("statistics"), or a refusal ("refusal").
+
+The plan says how factors travel (``transport.formats``). In another format than float32 the upload
+is the change of the trained part since the task arrived, rounded. Down, a frozen factor is exact,
+because all hospitals must share it; of the trained one each hospital gets a rounded copy to start
+from, and the coordinator adds the changes to its own exact one: no rounding of it ever stays.
 """
 
 from __future__ import annotations
@@ -12,12 +17,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
+from transport.formats import decode, encode, factor_names
 
 
 def pack_task(plan: TrainingPlan, adapter: Adapter) -> RecordDict:
@@ -25,7 +30,9 @@ def pack_task(plan: TrainingPlan, adapter: Adapter) -> RecordDict:
     return RecordDict(
         {
             "plan": ConfigRecord({"json": plan.model_dump_json()}),
-            "adapter": ArrayRecord({k: v.float() for k, v in adapter.tensors().items()}),
+            "adapter": ArrayRecord(
+                encode(adapter.tensors(), plan.wire, plan.travels_exactly(adapter.tensors()))
+            ),
         }
     )
 
@@ -41,9 +48,8 @@ def unpack_task(content: RecordDict) -> tuple[TrainingPlan, Adapter]:
         raise
     except Exception as problem:  # bytes that are no array fail in many ways
         raise ValueError(f"malformed task ({type(problem).__name__})") from None
-    adapter = Adapter.from_tensors(tensors, plan.spec)
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        raise ValueError("the adapter is not float32")
+    decoded = decode(tensors, plan.wire, plan.travels_exactly(factor_names(tensors, plan.wire)))
+    adapter = Adapter.from_tensors(decoded, plan.spec)
     if not adapter.is_finite():
         raise ValueError("the adapter holds NaN or infinity")
     return plan, adapter
@@ -64,6 +70,33 @@ def pack_result(
     if statistics:
         records["statistics"] = ArrayRecord(dict(statistics))
     return records
+
+
+def change(
+    trained: Mapping[str, Tensor], received: Adapter, plan: TrainingPlan
+) -> dict[str, Tensor]:
+    """By how much the trained part, as ``to_travel`` names it, differs from what was received."""
+    before = plan.to_travel(received)
+    return {name: tensor.double() - before[name].double() for name, tensor in trained.items()}
+
+
+def unpack_upload(
+    arrays: Mapping[str, Tensor], sent: Adapter, plan: TrainingPlan
+) -> dict[str, Tensor]:
+    """The trained part that a hospital's arrays stand for, float32.
+
+    ``sent`` is the coordinator's own, exact adapter. Raises ValueError, in fixed words, when
+    something is missing, of another type or shape, or has no sound scale.
+    """
+    decoded = decode(arrays, plan.wire)
+    if plan.wire == "float32":
+        return decoded
+    before = plan.to_travel(sent)
+    if set(decoded) != set(before):
+        raise ValueError("factors missing or unexpected")
+    if any(decoded[name].shape != tensor.shape for name, tensor in before.items()):
+        raise ValueError("factors of another shape")
+    return {n: (before[n].double() + moved.double()).float() for n, moved in decoded.items()}
 
 
 def pack_refusal(site: str, code: str, reason: str) -> RecordDict:

@@ -1,0 +1,78 @@
+"""What every merge reports of its hospitals, gathered one hospital at a time.
+
+    discrepancy   ||mean(B) mean(A) - mean(BA)|| / ||mean(BA)||, from the three means
+    mean cosine   (||sum_k u_k||^2 - K) / (K (K - 1)),   u_k = dW_k / ||dW_k||
+
+The second is the mean over all pairs without any pair being formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from adapters.adapter import Adapter, AdapterSpec
+from strategies.sums import FactorSums, MergeError, ProductSums, Update, distance, norm
+
+
+class Figures:
+    """Figures of one merge: from its hospitals, then from the exact mean of each layer."""
+
+    def __init__(self, adapters: Iterable[Adapter], weights: Iterable[float]) -> None:
+        """Check and count all hospitals. Raises MergeError when they do not fit each other."""
+        self._factors: FactorSums | None = FactorSums()  # None: ranks or scales differ
+        self._squared = self._gap = 0.0
+        units, learned = ProductSums(), 0
+        spec, shapes = None, {}
+        for adapter, weight in zip(adapters, weights, strict=True):
+            own = {name: layer.shape for name, layer in adapter.layers.items()}
+            if spec is None:
+                spec, shapes = adapter.spec, own
+            if own != shapes:
+                raise MergeError("adapters differ in layers or in the shapes of layers")
+            if not adapter.is_finite():
+                raise MergeError("an adapter holds NaN or infinity")
+            self._add_factors(adapter, weight)
+            size = math.hypot(*(layer.norm() for layer in adapter.layers.values())) * abs(
+                adapter.spec.scale
+            )
+            if size > 0:
+                units.add(adapter, 1 / size)
+                learned += 1
+        if spec is None:
+            raise MergeError("no adapter to merge")
+        self.first: AdapterSpec = spec
+        self.mean_cosine = _mean_cosine(units, learned)
+
+    def compare(self, layer: str, mean: Update) -> None:
+        """Take note of the exact mean of one layer."""
+        self._squared += norm(mean) ** 2
+        if self._factors is not None and not self._factors.shares(layer):
+            self._gap += distance(mean, self._factors.mean(layer)) ** 2
+
+    @property
+    def size(self) -> float:
+        """Norm of the exact mean."""
+        return math.sqrt(self._squared)
+
+    @property
+    def discrepancy(self) -> float | None:
+        """See ``strategies.merging.Merge``."""
+        if self._factors is None:
+            return None
+        return math.sqrt(self._gap) / self.size if self.size else 0.0
+
+    def _add_factors(self, adapter: Adapter, weight: float) -> None:
+        if self._factors is not None:
+            try:
+                self._factors.add(adapter, weight)
+            except MergeError:
+                self._factors = None
+
+
+def _mean_cosine(units: ProductSums, count: int) -> float | None:
+    """From the sum of ``count`` unit vectors, each of which is a hospital's whole adapter."""
+    if count < 2:
+        return None
+    squared = sum(norm(update) ** 2 for update in units.take().values())
+    return max(-1.0, min(1.0, (squared - count) / (count * (count - 1))))
