@@ -20,7 +20,7 @@ from conf.schema import OptimizerSettings, PrivacySettings
 from simulation.sites import site_policy
 
 _NOBODY = 1e-12  # share held out: who is planted must be trained on
-_OFF = {"enabled": False, "clip_norm": 1e6}  # as conf/privacy/none.yaml
+_OFF = {"enabled": False, "clip_norm": 1e6}  # neither noise nor clipping
 
 Patients = Mapping[str, Sequence[str]]  # texts of each patient's notes
 
