@@ -96,7 +96,7 @@ class Federation:
             with torch.no_grad():
                 losses, _ = token_losses(model, *pad_right([notes[i].ids for i in chosen]))
             for i, nats in zip(chosen, losses.double().sum(1).tolist(), strict=True):
-                found[i] = nats / math.log(2)
+                found[i] = round(nats / math.log(2), 2)  # hundreds of bits a note
         return found
 
     def _round(self, plan: TrainingPlan, received: Adapter, hospital: Department) -> Adapter:

@@ -98,7 +98,8 @@ def _gain(measured: Measured, notes: Notes) -> float:
     gains = []
     for result, bits in measured:
         for name, chosen in notes.items():
-            saved = np.array(result.base[name]) - np.array(bits[name])
+            after = np.array(bits[name])  # rules are scored on the first notes only
+            saved = np.array(result.base[name])[: len(after)] - after
             gains.append(saved[chosen].sum() / np.array(result.chars[name])[chosen].sum())
     return float(np.mean(gains))
 

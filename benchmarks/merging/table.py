@@ -18,16 +18,18 @@ _ORDER = EPSILONS[::-1]
 
 def of(found: Sequence[Row], title: str) -> Table:
     """Gain in thousandths of a bit per character, and share of the reference, by epsilon."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("strategy")
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("strategy", no_wrap=True)
     for epsilon in EPSILONS:
-        table.add_column(_name(epsilon), justify="right")
+        table.add_column(_name(epsilon), justify="right", no_wrap=True)
+    table.add_column("seeds", justify="right")
     for arm in dict.fromkeys(row.arm for row in found):
         own = {row.epsilon: row for row in found if row.arm == arm}
-        table.add_row(arm, *(_cell(own.get(epsilon)) for epsilon in EPSILONS))
-    table.caption = (
-        "saved millibits per character; share of fedsvd without privacy, 95 % interval, seeds"
-    )
+        seeds = sorted({row.gain.seeds for row in own.values()})
+        table.add_row(
+            arm, *(_cell(own.get(epsilon)) for epsilon in EPSILONS), " to ".join(map(str, seeds))
+        )
+    table.caption = "millibits per character saved; share of fedsvd without privacy, 95 % interval"
     return table
 
 
@@ -77,10 +79,8 @@ def _cell(row: Row | None) -> str:
         return ""
     gain = f"{1000 * row.gain.value:.0f}"
     if row.share is None:
-        return f"{gain} ({_interval(row.gain, 1000)}) n={row.gain.seeds}"
-    return (
-        f"{gain}  {100 * row.share.value:.0f} % ({_interval(row.share, 100)}) n={row.share.seeds}"
-    )
+        return f"{gain} ({_interval(row.gain, 1000)})"
+    return f"{gain}, {100 * row.share.value:.0f} % ({_interval(row.share, 100)})"
 
 
 def _interval(figure: Figure, unit: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 import yaml
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from safetensors.torch import load_file
@@ -129,6 +130,25 @@ def test_half_of_an_adapter_in_the_last_layer_is_trained_and_the_rest_stays_as_i
         )
         assert again.adapter.fingerprint() == after.only(trained).fingerprint()
         assert record["mean_cosine"] == again.mean_cosine  # of what was trained, not of the rest
+
+
+def test_fedsvd_learns_what_ffa_learns_for_plain_sgd_does_not_see_the_rotation(
+    local_grid: Grids, honest: dict[int, Answer], settings: Settings, tmp_path: Path
+) -> None:
+    """A keeps orthonormal rows and their span; gradients, their norms and white noise turn along.
+
+    What FedSVD changes shows under optimizers that look at entries, or from an A that is not
+    orthonormal.
+    """
+    products = []
+    for name in ("ffa", "fedsvd"):
+        folder = RunFolder(tmp_path / name)
+        wanted = settings(strategy={"name": name}, federation={"rounds": 3})
+        merged = go(local_grid(honest), wanted, folder)
+        products.append({n: d.to(torch.float64).dense() for n, d in merged.deltas().items()})
+    one, other = products
+    for layer, product in one.items():
+        assert float((product - other[layer]).norm()) < 1e-3 * float(product.norm()) + 1e-9
 
 
 def test_a_private_run_ends_within_every_hospitals_budget(
