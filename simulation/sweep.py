@@ -19,7 +19,7 @@ from simulation.run import comparable, new_run_folder, simulate
 from strategies.registry import create, require_strategy
 
 _REPLACED = (  # what would bring back in part what the pooled reference goes without
-    "privacy", "privacy.enabled", "privacy.clip_norm", "hospitals", "hospitals.layout",
+    "privacy", "privacy.enabled", "hospitals", "hospitals.layout",
     "federation.min_hospitals", "alignment", "alignment.enabled",
 )  # fmt: skip
 

@@ -235,7 +235,7 @@ def test_an_interrupt_ends_the_process_with_code_130_and_one_line(tmp_path: Path
     reader.start()
     writer = opened_by_a_reader(fifo)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=120) == 130
     os.close(writer)
     reader.join(timeout=10)
     assert said[-1] == "wardround: stopped; nothing that was finished is lost\n"

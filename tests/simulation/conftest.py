@@ -222,6 +222,7 @@ def options(tiny_model: Path, notes_file: Path) -> tuple[str, ...]:
         "notes.patient_field=pid", "notes.hospital_field=hospital", "hospitals=by_field",
         "adapter.rank=2", "privacy.max_tokens=24",
         "privacy.sampling_rate=1", "privacy.denominator=16",  # accounted for in no time
+        "federation.rounds=2", "federation.local_steps=2",
         "evaluation.notes=3", "evaluation.max_tokens=24",
         "alignment=none", "evaluation.pooled_reference=false",
     )  # fmt: skip

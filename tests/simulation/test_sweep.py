@@ -114,7 +114,6 @@ def test_the_reference_pools_without_privacy_and_without_alignment() -> None:
         "hospitals.layout=by_field",
         "hospitals=by_field",
         "privacy.enabled=true",
-        "privacy.clip_norm=0.5",
         "alignment.enabled=true",
         "alignment=mediflow",
     ],
@@ -124,8 +123,13 @@ def test_no_option_of_the_sweep_keeps_the_reference_from_being_one(override: str
     assert settings
     assert settings.hospitals.layout == "pooled"
     assert settings.privacy.enabled is False
-    assert settings.privacy.clip_norm == 1e6
     assert settings.alignment.enabled is False
+
+
+def test_the_reference_clips_as_the_runs_do_so_that_it_differs_by_the_noise_alone() -> None:
+    settings = reference("privacy.clip_norm=0.5", "privacy=patient_eps1,patient_eps8")
+    assert settings
+    assert settings.privacy.clip_norm == 0.5
 
 
 @pytest.mark.parametrize(
