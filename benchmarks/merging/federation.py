@@ -41,9 +41,10 @@ _SCORED_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the hospitals sent in the last round, by name, and what it merged to."""
+    """What the hospitals sent in the last round, what was known of it, and what it merged to."""
 
-    sent: dict[str, Adapter]
+    sent: list[Adapter]
+    draw: Draw
     merged: Adapter
 
 
@@ -66,17 +67,16 @@ class Federation:
         """All rounds of a federation; ``budgets`` are hospitals' own epsilons, in their order."""
         chosen = settings.strategy
         strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
-        merged, sent = self.initial(settings), {}
+        merged, sent, draw = self.initial(settings), [], Draw()
+        weights = [1 / len(hospitals)] * len(hospitals)
         own = [_with_budget(settings, e) for e in budgets or [None] * len(hospitals)]
         for number in range(1, settings.federation.rounds + 1):
             plans = [plan_round(s, _RUN, number, self._fingerprint) for s in own]
-            for plan, hospital in zip(plans, hospitals, strict=True):
-                sent[hospital.name] = self._round(plan, merged, hospital)
+            sent = [self._round(p, merged, h) for p, h in zip(plans, hospitals, strict=True)]
             stds = tuple(plan.noise_std(noise_multiplier(plan)) for plan in plans)
             draw = Draw(_RUN, number, Noise(merged, stds))
-            weights = [1 / len(sent)] * len(sent)
-            merged = merge(strategy, list(sent.values()), weights, draw).adapter
-        return Outcome(sent, merged)
+            merged = merge(strategy, sent, weights, draw).adapter
+        return Outcome(sent, draw, merged)
 
     def initial(self, settings: TrainingSettings) -> Adapter:
         """The public starting point, whose product is zero: the base model."""

@@ -24,10 +24,10 @@ from rich.progress import Progress
 from adapters.adapter import Adapter
 from adapters.base_model import cache_folder
 from benchmarks.merging.departments import Department, departments
-from benchmarks.merging.federation import Federation
+from benchmarks.merging.federation import Federation, Outcome
 from conf.load import load
 from conf.schema import ModelSettings, RunSettings
-from strategies.base import Draw, MergeError
+from strategies.base import MergeError
 from strategies.merging import merge
 from strategies.registry import create, strategies
 
@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 
 # What the arms share, beyond the defaults of `wardround simulate`.
 _NOTES_FOR_RULES = 12  # of each department
-_EPSILONS_OF_RULES = (None, 8.0)
+_EPSILONS_OF_RULES = (None, 8.0, 1.0)
 _COMMON = (
     "alignment=none",
     "model.precision=bfloat16",  # half the time of float32 on these cores
@@ -215,22 +215,25 @@ def _measured(cell: Cell) -> Result:
         if cell.arm == "fedsvd" and cell.seed == 0 and cell.epsilon in _EPSILONS_OF_RULES:
             rules = {
                 name: {s.name: federation.bits(one, s.held_out[:_NOTES_FOR_RULES]) for s in sites}
-                for name, one in _by_other_rules(list(ended.sent.values()))
+                for name, one in _by_other_rules(ended)
             }
     chars = {site.name: [note.chars for note in site.held_out] for site in sites}
     return Result(cell, base, found, chars, rules)
 
 
-def _by_other_rules(sent: list[Adapter]) -> Iterator[tuple[str, Adapter]]:
-    """The last round merged by every strategy that takes what it sent, with its defaults."""
-    weights = [1 / len(sent)] * len(sent)
-    for name, kind in sorted(strategies().items()):
-        declared = kind.declared
-        more = declared.statistics is not None or declared.noise  # than the adapters
-        if more or "B" not in declared.trains:
-            continue
+def _by_other_rules(ended: Outcome) -> Iterator[tuple[str, Adapter]]:
+    """The last round merged by every strategy that takes what was sent, with its defaults."""
+    weights = [1 / len(ended.sent)] * len(ended.sent)
+    rules: dict[str, tuple[str, dict[str, str]]] = {
+        name: (name, {})
+        for name, kind in sorted(strategies().items())
+        if "B" in kind.declared.trains and kind.declared.statistics is None
+    }
+    for shrink in ("singular", "stein"):
+        rules[f"noise_aware, {shrink}"] = ("noise_aware", {"shrink": shrink})
+    for rule, (name, parameters) in rules.items():
         try:
-            yield name, merge(create(name), sent, weights, Draw("benchmark", 0)).adapter
+            yield rule, merge(create(name, parameters), ended.sent, weights, ended.draw).adapter
         except MergeError:  # too many hospitals for SLERP, too few for Krum
             continue
 

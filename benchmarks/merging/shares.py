@@ -60,12 +60,15 @@ def rules(results: Sequence[Result], hospitals: int) -> list[Row]:
     reference = _of(own, "fedsvd", None)
     if not reference:
         return []
-    return [
-        _row(name, epsilon, [(r, r.rules[name]) for r, _ in measured], reference)
-        for name in reference[0][0].rules
-        for epsilon in EPSILONS
-        if (measured := _of(own, "fedsvd", epsilon))
-    ]
+    found = []
+    for name in dict.fromkeys(name for r in own for name in r.rules):
+        for epsilon in EPSILONS:
+            measured = [
+                (r, r.rules[name]) for r, _ in _of(own, "fedsvd", epsilon) if name in r.rules
+            ]
+            if measured:
+                found.append(_row(name, epsilon, measured, reference))
+    return found
 
 
 Measured = list[tuple[Result, dict[str, list[float]]]]
