@@ -26,6 +26,8 @@ def main() -> None:
     """Measure, print the tables, draw the figure, and write figures where asked."""
     options = _options()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # nothing is cut off in a file
     found: dict[str, float] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
