@@ -81,6 +81,8 @@ def accept(
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
+    if plan.privacy.enabled and not _is_noise(facts.get("noise_multiplier")):
+        return LeftOut(site, "no noise multiplier stated")
     try:
         factors = unpack_upload(tensors, sent, plan)
         adapter = plan.joined(sent, factors)
@@ -99,6 +101,11 @@ def accept(
 def node_name(node_id: int) -> str:
     """What a node is called that has no registered name."""
     return f"node-{node_id}"
+
+
+def _is_noise(stated: object) -> bool:
+    """Every private round states it; merges may weigh by it, and the release tells of it."""
+    return isinstance(stated, int | float) and not isinstance(stated, bool) and stated > 0
 
 
 def _plain(facts: object) -> bool:

@@ -105,13 +105,12 @@ def federate(
 
 
 def _noise(plan: TrainingPlan, sent: Adapter, accepted: Sequence[Answer]) -> Noise | None:
-    """What is known of it: nothing where a hospital does not state its noise multiplier."""
-    stated = [float(a.facts.get("noise_multiplier", -1)) for a in accepted]
-    if not plan.privacy.enabled:
-        stated = [0.0] * len(accepted)
-    if plan.optimizer.name != "sgd" or min(stated) < 0:
+    """What is known of it; under another optimizer than plain SGD nothing."""
+    if plan.optimizer.name != "sgd":
         return None
-    return Noise(sent, tuple(plan.noise_std(multiplier) for multiplier in stated))
+    if not plan.privacy.enabled:
+        return Noise(sent, (0.0,) * len(accepted))
+    return Noise(sent, tuple(plan.noise_std(a.facts["noise_multiplier"]) for a in accepted))
 
 
 def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:

@@ -22,7 +22,9 @@ from server.acceptance import Accepted, LeftOut, accept, one_reply_each
 from server.run_folder import RunFolder
 from transport.wire import pack_refusal, pack_result
 
-SETTINGS = RunFolder.training_of(load("simulate", ["strategy=ffa", "adapter.rank=2"], RunSettings))
+OPTIONS = ["strategy=ffa", "adapter.rank=2"]
+PRIVATE = RunFolder.training_of(load("simulate", OPTIONS, RunSettings))
+SETTINGS = RunFolder.training_of(load("simulate", [*OPTIONS, "privacy=none"], RunSettings))
 PLAN = plan_round(SETTINGS, "run", 1, "0" * 64)
 BOTH = PLAN.model_copy(update={"upload": "both"})
 SENT = Adapter(
@@ -82,6 +84,16 @@ def test_both_factors_are_taken_where_both_were_asked_for() -> None:
     moved = {name: tensor + 1 for name, tensor in SENT.tensors().items()}
     one = accepted(result(moved), BOTH)
     assert all(tensor.equal(moved[name]) for name, tensor in one.adapter.tensors().items())
+
+
+@pytest.mark.parametrize("stated", [None, 0.0, -1.0, "0.7", True])
+def test_a_private_round_is_left_without_a_hospital_that_does_not_state_its_noise(
+    stated: object,
+) -> None:
+    plan = plan_round(PRIVATE, "run", 1, "0" * 64)
+    facts = {"site": "east"} | ({} if stated is None else {"noise_multiplier": stated})
+    assert reason(result(GOOD, facts), plan) == "no noise multiplier stated"
+    assert accepted(result(GOOD, {"site": "east", "noise_multiplier": 0.7}), plan).site == "east"
 
 
 # --- tensors -----------------------------------------------------------------------------------
