@@ -52,6 +52,7 @@ from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
 from client.privacy.statistics import released_statistics, statistic_sums
+from client.privacy.unprotected import mark_unprotected, require_protected
 from client.refusal import Reason, Refusal, failure_site
 from client.upload import rounded
 from conf.policy import SitePolicy
@@ -80,6 +81,7 @@ def train_round(
     authorise(plan, policy, datetime.now().astimezone())
     if not plan.privacy.enabled:
         return _train(plan, received, policy, None, None, on_step, audit_head)
+    require_protected(policy)
     random = SecureRandomness()
     if test_seed is not None:
         random = SeededNoise(policy.lineage, test_seed, policy.site, _task(plan, received))
@@ -132,6 +134,7 @@ def _train(
             model, plan, units, tokens, policy.compute, noise, sampling, numbers, on_step
         )
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
+        mark_unprotected(policy)  # before anything leaves
         released = Gate(plan, policy, received, charge=None).release(trained, facts)
         return rounded(released, plan, received, policy, _task(plan, received))
 

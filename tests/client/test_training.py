@@ -199,8 +199,32 @@ def test_without_privacy_no_noise_is_drawn_and_no_ledger_opened(
     outgoing = train_round(plan(privacy=OFF), starting_point[0], own)
     assert not own.ledger.exists()
     assert not {"epsilon_spent", "noise_multiplier", "delta"} & set(outgoing.facts)
+    other = own.model_copy(update={"ledger": own.ledger.with_name("other.sqlite")})
     with pytest.raises(AssertionError, match="opened"):  # and the patch does reach the private path
-        train_round(plan(), starting_point[0], own)
+        train_round(plan(), starting_point[0], other)
+
+
+def test_notes_are_trained_on_with_privacy_or_without_but_not_both(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, tmp_path: Path
+) -> None:
+    """Or the statement of the ledger would leave out what left beside it."""
+    start, _ = starting_point
+    private_first = policy(privacy=OPEN, ledger=tmp_path / "a.sqlite")
+    train_round(plan(), start, private_first)
+    with pytest.raises(Refusal) as refused:
+        train_round(plan(privacy=OFF), start, private_first)
+    assert refused.value.reason is Reason.LINEAGE_PRIVATE
+
+    open_first = policy(privacy=OPEN, ledger=tmp_path / "b.sqlite")
+    with pytest.raises(Refusal):  # nothing has left, so nothing is marked
+        train_round(plan(privacy=OFF, run="unknown", base_model="0" * 64), start, open_first)
+    train_round(plan(), start, open_first.model_copy(update={"ledger": tmp_path / "c.sqlite"}))
+    for _ in range(2):
+        train_round(plan(privacy=OFF), start, open_first)
+    with pytest.raises(Refusal) as refused:
+        train_round(plan(), start, open_first)
+    assert refused.value.reason is Reason.LINEAGE_UNPROTECTED
+    assert not open_first.ledger.exists()
 
 
 @pytest.mark.parametrize(("notes", "half"), [(1, False), (2, False), (2, True)])
