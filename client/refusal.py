@@ -20,9 +20,7 @@ class Reason(Enum):
     QUIET_HOURS = "this site does not train at this time of day"
     PRIVACY_REQUIRED = "this site trains only under differential privacy"
     LINEAGE_PRIVATE = "this site keeps a privacy ledger of these notes; nothing leaves beside it"
-    LINEAGE_UNPROTECTED = (
-        "these notes were trained on without privacy; no ledger covers them"
-    )
+    LINEAGE_UNPROTECTED = "these notes were trained on without privacy; no ledger covers them"
     UNIT_TOO_WEAK = "the plan's privacy unit is weaker than the site policy's"
     LIMIT_EXCEEDED = "the plan exceeds a limit of the site policy"
     STRATEGY_NOT_ALLOWED = "the site policy does not allow this way of merging"

@@ -177,6 +177,15 @@ class Summary(Part):
         own = [r.uploads[hospital] for r in self.rounds if hospital in r.uploads]
         return sum(own) / len(own) if own else None
 
+    def received_a_round(self, hospital: str) -> float | None:
+        """Mean bytes that it was sent in those rounds."""
+        own = [r.download for r in self.rounds if hospital in r.uploads and r.download is not None]
+        return sum(own) / len(own) if own else None
+
+    def merged_rounds(self, hospital: str) -> int:
+        """In how many rounds with known traffic a hospital was merged."""
+        return sum(hospital in r.uploads for r in self.rounds)
+
     def stages_measured(self) -> list[Stage]:
         """The stages that at least one hospital was evaluated on, in order."""
         return [

@@ -341,3 +341,17 @@ def test_terminal_table_says_what_was_reached_and_spent(summary: Json) -> None:
     print_summary(summary, console)
     (north,) = (line for line in console.export_text().splitlines() if "north" in line)
     assert north.split() == ["north", "23.4", "14.4", "no", "privacy"]
+
+
+def test_what_a_round_carries_is_said_once_for_each_hospital(
+    report: Callable[[Json], Page], summary: Json
+) -> None:
+    for sent, one in zip((1000, 3000, 2000), summary["rounds"], strict=True):
+        one |= {"uploads": dict.fromkeys(one["hospitals"], sent), "download": 10 * sent}
+    page = report(summary)
+    assert [a["data-bytes"] for _, a in page.tags if "data-bytes" in a] == list(
+        summary["hospitals"]
+    )
+    shown = words(page)
+    assert "north32.0 kB20.0 kB" in shown  # three rounds
+    assert "valley21.5 kB15.0 kB" in shown  # left out of the second
