@@ -19,6 +19,7 @@ from transport.wire import size_bytes, unpack_upload
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
 _MOST_FACTS = 20
+_NOISE = 0.01, 1e4  # multipliers of a private step; beyond, a merge's squares could overflow
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def accept(
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
     if plan.privacy.enabled and not _is_noise(facts.get("noise_multiplier")):
-        return LeftOut(site, "no noise multiplier stated")
+        return LeftOut(site, "no possible noise multiplier stated")
     try:
         factors = unpack_upload(tensors, sent, plan)
         adapter = plan.joined(sent, factors)
@@ -105,7 +106,9 @@ def node_name(node_id: int) -> str:
 
 def _is_noise(stated: object) -> bool:
     """Every private round states it; merges may weigh by it, and the release tells of it."""
-    return isinstance(stated, int | float) and not isinstance(stated, bool) and stated > 0
+    least, most = _NOISE
+    number = isinstance(stated, int | float) and not isinstance(stated, bool)
+    return number and least <= stated <= most
 
 
 def _plain(facts: object) -> bool:

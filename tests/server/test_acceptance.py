@@ -86,14 +86,15 @@ def test_both_factors_are_taken_where_both_were_asked_for() -> None:
     assert all(tensor.equal(moved[name]) for name, tensor in one.adapter.tensors().items())
 
 
-@pytest.mark.parametrize("stated", [None, 0.0, -1.0, "0.7", True])
-def test_a_private_round_is_left_without_a_hospital_that_does_not_state_its_noise(
+@pytest.mark.parametrize("stated", [None, 0.0, -1.0, "0.7", True, 0.009, 1e-160, 1.1e4, 1e160, 10**100])
+def test_a_private_round_is_left_without_a_hospital_that_states_no_possible_noise(
     stated: object,
 ) -> None:
     plan = plan_round(PRIVATE, "run", 1, "0" * 64)
     facts = {"site": "east"} | ({} if stated is None else {"noise_multiplier": stated})
-    assert reason(result(GOOD, facts), plan) == "no noise multiplier stated"
-    assert accepted(result(GOOD, {"site": "east", "noise_multiplier": 0.7}), plan).site == "east"
+    assert reason(result(GOOD, facts), plan) == "no possible noise multiplier stated"
+    for possible in (0.01, 0.7, 5, 1e4):
+        assert accepted(result(GOOD, {"site": "east", "noise_multiplier": possible}), plan)
 
 
 # --- tensors -----------------------------------------------------------------------------------
