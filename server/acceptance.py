@@ -18,6 +18,7 @@ from transport.wire import size_bytes, unpack_upload
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
+MALFORMED = "malformed reply"
 _MOST_FACTS = 20
 _NOISE = 0.01, 1e4  # multipliers of a private step; beyond, a merge's squares could overflow
 
@@ -61,7 +62,9 @@ def accept(
     node = registered or node_name(node_id)
     if reply.has_error():
         return LeftOut(node, f"no answer (Flower error {reply.error.code})")
-    content: RecordDict = reply.content
+    content = reply.content
+    if not isinstance(content, RecordDict):  # Flower hands on whatever record it was sent
+        return LeftOut(node, MALFORMED)
     refusal = content.config_records.get("refusal")
     if refusal is not None:
         site = registered or str(refusal.get("site", ""))
@@ -75,7 +78,7 @@ def accept(
         measured = content.array_records.get("statistics")
         statistics = measured.to_torch_state_dict() if measured is not None else {}
     except Exception:  # rubbish fails in many ways (memory, recursion); each costs only its sender
-        return LeftOut(node, "malformed reply")
+        return LeftOut(node, MALFORMED)
     if not _plain(facts):
         return LeftOut(node, "malformed facts")
     if not isinstance(site, str) or not _NAME.fullmatch(site) or site == "global":

@@ -211,6 +211,9 @@ def test_a_reply_without_its_records_is_left_out() -> None:
     swapped = RecordDict({"facts": ArrayRecord(GOOD), "adapter": ConfigRecord({"json": "{}"})})
     assert reason(answer(swapped)) == "malformed reply"
     assert reason(answer(RecordDict())) == "malformed reply"
+    other = answer(RecordDict())
+    other.__dict__["_content"] = ArrayRecord(GOOD)  # as Flower makes of bytes that say so
+    assert reason(other) == "malformed reply"
 
 
 # --- statistics --------------------------------------------------------------------------------
