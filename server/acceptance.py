@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,7 +82,7 @@ def accept(
         return LeftOut(node, MALFORMED)
     if not _plain(facts):
         return LeftOut(node, "malformed facts")
-    if not isinstance(site, str) or not _NAME.fullmatch(site) or site == "global":
+    if not isinstance(site, str) or not _NAME.fullmatch(site) or site.casefold() == "global":
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
@@ -93,6 +94,8 @@ def accept(
         require_statistics(statistics, plan.statistics, sent, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))
+    except (MemoryError, RuntimeError):  # which PyTorch raises too
+        return LeftOut(site, MALFORMED)
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
     if any(tensor.abs().max() > LARGEST for tensor in factors.values()):
@@ -131,9 +134,14 @@ def _plain(facts: object) -> bool:
 def one_reply_each(
     outcomes: Sequence[A | LeftOut],
 ) -> tuple[list[A], dict[str, str]]:
-    """Accepted replies in site order, and who was left out; a name used twice counts for nobody."""
-    sites = [o.site for o in outcomes if isinstance(o, Answer)]
+    """Accepted replies in site order, and who was left out; a name used twice counts for nobody.
+
+    Names that differ in upper and lower case alone are one: they can be one folder on disk.
+    """
     left_out = {o.site: o.reason for o in outcomes if isinstance(o, LeftOut)}
-    left_out |= {s: "two hospitals under one name" for s in sites if sites.count(s) > 1}
+    used = Counter(o.site.casefold() for o in outcomes)
+    for o in outcomes:
+        if isinstance(o, Answer) and used[o.site.casefold()] > 1:
+            left_out[o.site] = "two hospitals under one name"
     accepted = [o for o in outcomes if isinstance(o, Answer) and o.site not in left_out]
     return sorted(accepted, key=lambda o: o.site), left_out

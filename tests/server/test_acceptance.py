@@ -20,6 +20,7 @@ from conf.load import load
 from conf.schema import RunSettings
 from server.acceptance import Accepted, LeftOut, accept, one_reply_each
 from server.run_folder import RunFolder
+from transport.formats import encode
 from transport.wire import pack_refusal, pack_result
 
 OPTIONS = ["strategy=ffa", "adapter.rank=2"]
@@ -163,6 +164,34 @@ def test_bytes_that_are_no_tensor_cost_only_their_sender(data: bytes) -> None:
     assert reason(result(ArrayRecord({B: array}))) == "malformed reply"
 
 
+@pytest.mark.parametrize("wire", ["float32", "float16", "int8"])
+def test_what_was_not_asked_for_is_not_even_decoded(
+    wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PLAN.model_copy(update={"wire": wire})
+    good = encode(GOOD, wire)
+    assert accepted(result(good), plan)
+    reached: list[object] = []
+    monkeypatch.setattr("transport.wire.decode", lambda *a: reached.append(a))
+    for change, expected in (
+        ({B: torch.ones(3000, 2).to(good[B].dtype)}, "factors of another shape"),
+        ({"layer.x.lora_B.weight": good[B]}, "factors missing or unexpected"),
+    ):
+        assert reason(result(good | change), plan) == expected
+    assert not reached
+
+
+@pytest.mark.parametrize("shortage", [MemoryError, RuntimeError])
+def test_a_reply_that_takes_too_much_memory_costs_only_its_sender(
+    shortage: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise shortage("not enough memory: you tried to allocate 9 GB")
+
+    monkeypatch.setattr("transport.wire.decode", short)
+    assert reason(result(GOOD)) == "malformed reply"
+
+
 # --- facts and names ---------------------------------------------------------------------------
 
 
@@ -190,7 +219,7 @@ def test_facts_that_are_not_a_few_short_values_are_left_out(facts: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "name", ["global", "", ".", "..", "../west", "a/b", "-x", "east\n", "a b", "x" * 64, "ö", 5]
+    "name", ["global", "Global", "", ".", "..", "../west", "a/b", "-x", "east\n", "a b", "x" * 64, "ö", 5]
 )
 def test_a_name_that_cannot_be_a_folder_of_its_own_is_left_out(name: str | int) -> None:
     assert reason(result(GOOD, {"site": name})) == "invalid site name"
@@ -294,3 +323,6 @@ def test_a_name_used_twice_counts_for_nobody() -> None:
     merged, left_out = one_reply_each([mid, LeftOut("mid", "refused: INTERNAL"), east])
     assert [one.site for one in merged] == ["east"]
     assert set(left_out) == {"mid"}
+    merged, left_out = one_reply_each([east, west, from_site("East"), LeftOut("WEST", "late")])
+    assert merged == []  # which may be one folder on disk
+    assert set(left_out) == {"east", "East", "west", "WEST"}
