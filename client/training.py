@@ -137,7 +137,7 @@ def _train(
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
         mark_unprotected(policy)  # before anything leaves
         released = Gate(plan, policy, received, charge=None).release(trained, facts)
-        return rounded(released, plan, received, policy, _task(plan, received))
+        return rounded(released, plan, received, policy)
 
     bench.rehearse(plan, policy)
     reservation, charge = _reserve(ledger, plan, received, policy, audit_head, random.name)
@@ -154,7 +154,7 @@ def _train(
         trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
         measured = _statistics(model, plan, units, tokens, policy.compute, charge, random)
         released = Gate(plan, policy, received, charge).release(trained, facts, measured)
-        reply = rounded(released, plan, received, policy, _task(plan, received)).to_bytes()
+        reply = rounded(released, plan, received, policy).to_bytes()
     except Refusal as refusal:
         ledger.burn(reservation, refusal.reason.name)
         raise

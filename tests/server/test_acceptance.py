@@ -87,7 +87,9 @@ def test_both_factors_are_taken_where_both_were_asked_for() -> None:
     assert all(tensor.equal(moved[name]) for name, tensor in one.adapter.tensors().items())
 
 
-@pytest.mark.parametrize("stated", [None, 0.0, -1.0, "0.7", True, 0.009, 1e-160, 1.1e4, 1e160, 10**100])
+@pytest.mark.parametrize(
+    "stated", [None, 0.0, -1.0, "0.7", True, 0.009, 1e-160, 1.1e4, 1e160, 10**100]
+)
 def test_a_private_round_is_left_without_a_hospital_that_states_no_possible_noise(
     stated: object,
 ) -> None:
@@ -219,7 +221,8 @@ def test_facts_that_are_not_a_few_short_values_are_left_out(facts: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "name", ["global", "Global", "", ".", "..", "../west", "a/b", "-x", "east\n", "a b", "x" * 64, "ö", 5]
+    "name",
+    ["global", "Global", "", ".", "..", "../west", "a/b", "-x", "east\n", "a b", "x" * 64, "ö", 5],
 )
 def test_a_name_that_cannot_be_a_folder_of_its_own_is_left_out(name: str | int) -> None:
     assert reason(result(GOOD, {"site": name})) == "invalid site name"
