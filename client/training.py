@@ -45,6 +45,7 @@ from client.privacy.metadata import (
     charges,
     later_charges,
     step_noise,
+    unit_losses,
 )
 from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SecureRandomness, SeededSampling
@@ -136,9 +137,9 @@ def _train(
         trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
         mark_unprotected(policy)  # before anything leaves
         released = Gate(plan, policy, received, charge=None).release(trained, facts)
-        return rounded(released, plan, received, policy, _task(plan, received))
+        return rounded(released, plan, received, policy)
 
-    bench.rehearse(plan, policy.compute)
+    bench.rehearse(plan, policy)
     reservation, charge = _reserve(ledger, plan, received, policy, audit_head, random.name)
     try:
         noise = step_noise(charge.noise_multiplier, policy.share)
@@ -153,7 +154,7 @@ def _train(
         trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
         measured = _statistics(model, plan, units, tokens, policy.compute, charge, random)
         released = Gate(plan, policy, received, charge).release(trained, facts, measured)
-        reply = rounded(released, plan, received, policy, _task(plan, received)).to_bytes()
+        reply = rounded(released, plan, received, policy).to_bytes()
     except Refusal as refusal:
         ledger.burn(reservation, refusal.reason.name)
         raise
@@ -347,20 +348,26 @@ class _Workbench:
     base: BaseModel
     fingerprint: str
     model: PeftModel
-    rehearsed: set[tuple[str, int, int, Statistic | None]]
+    rehearsed: set[tuple[frozenset[str], int, Statistic | None, int]]
 
-    def rehearse(self, plan: TrainingPlan, compute: ComputeSettings) -> None:
-        """Find out once whether there is memory for such a plan. Raises Refusal."""
+    def rehearse(self, plan: TrainingPlan, policy: SitePolicy) -> None:
+        """Find out once whether there is memory for such a plan. Raises Refusal.
+
+        How much it takes depends on which layers are trained, not only on how many.
+        """
         longest, kind = plan.privacy.max_tokens, plan.statistics
-        size = sum(p.numel() for p in trained_parameters(self.model).values())
-        what = plan.upload, longest, size, kind
+        shares_losses = {policy.share.losses, policy.share.scores} != {"never"}
+        scored = plan.privacy.max_notes_per_unit if shares_losses else 0  # notes of a unit
+        what = frozenset(trained_parameters(self.model)), longest, kind, scored
         if what in self.rehearsed:
             return
-        how = compute.engine, compute.micro_tokens
+        how = policy.compute.engine, policy.compute.micro_tokens
         try:
             rehearse(self.model, longest, *how)
             if kind:
                 statistic_sums(self.model, kind, [[[0] * longest], [[0]]], 1.0, *how)
+            if scored:
+                unit_losses(self.model, [[[0] * longest] * scored])
         except (MemoryError, RuntimeError):  # which PyTorch raises too
             raise Refusal(Reason.LIMIT_EXCEEDED, "the plan cannot be computed here") from None
         self.rehearsed.add(what)

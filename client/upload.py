@@ -12,8 +12,9 @@ the rows of A', which is dropped. A remainder of A likewise, B'+ B left; a core'
 under its fixed frame. Where both factors are trained no product stands still, and nothing is
 carried.
 
-Remainders of one run lie beside the ledger, with those before the last task: the same task again,
-after whatever crash, is rounded as it was.
+Remainders of one run on one data lineage, with privacy or without, lie beside the ledger, with
+those from before its last round: the same task again, after whatever crash, is rounded as it was,
+and so is another task of that round. A remainder that cannot be used is dropped.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ Remainders = dict[str, tuple[Tensor, Tensor]]  # by trained tensor: what is left
 
 
 def rounded(
-    released: Outgoing, plan: TrainingPlan, received: Adapter, policy: SitePolicy, task: str
+    released: Outgoing, plan: TrainingPlan, received: Adapter, policy: SitePolicy
 ) -> Outgoing:
-    """What leaves in place of what the gate ``released`` for this ``task``.
+    """What leaves in place of what the gate ``released``.
 
     In float32 it is that itself; in another format, the change since ``received``, rounded. Raises
     ValueError where a change is too large for the format.
@@ -54,17 +55,19 @@ def rounded(
     if plan.upload == "both" or plan.rounds == 1:
         return replace(released, tensors=encode(moved, plan.wire))
     file = remainders_file(policy)
-    before = _read(file, plan, task)
+    before = _read(file, _facts(plan, policy))
     for name, own in before.items():
-        if name in moved and (left := _carried(name, *own, received)) is not None:
-            moved[name] = moved[name] + left
+        if name in moved:
+            left = _carried(name, *own, received)
+            if left is not None and left.shape == moved[name].shape:
+                moved[name] = moved[name] + left
     tensors = encode(moved, plan.wire)
     sent = decode(tensors, plan.wire)
     after = before | {
         name: ((wanted - sent[name]).float(), _frozen(name, received))
         for name, wanted in moved.items()
     }
-    _write(file, plan, task, before, after)
+    _write(file, _facts(plan, policy), before, after)
     return replace(released, tensors=tensors)
 
 
@@ -83,29 +86,37 @@ def _carried(name: str, left: Tensor, frozen: Tensor, received: Adapter) -> Tens
     now = _frozen(name, received)
     if now.shape != frozen.shape:
         return None
-    if now.equal(frozen):
-        return left.double()
-    turn = torch.linalg.pinv(now.double())
-    if name.endswith("lora_A.weight"):
-        return turn @ frozen.double() @ left.double()
-    return left.double() @ frozen.double() @ turn
-
-
-def _read(file: Path, plan: TrainingPlan, task: str) -> Remainders:
-    """What is left from before this task: of this run and an earlier round, else nothing."""
-    if not file.exists():
-        return {}
     try:
+        if now.equal(frozen):
+            return left.double()
+        turn = torch.linalg.pinv(now.double())
+        if name.endswith("lora_A.weight"):
+            return turn @ frozen.double() @ left.double()
+        return left.double() @ frozen.double() @ turn
+    except RuntimeError:  # shapes that do not go together, or no pseudo-inverse
+        return None
+
+
+def _facts(plan: TrainingPlan, policy: SitePolicy) -> dict[str, str]:
+    """What remainders belong to."""
+    private = str(plan.privacy.enabled)
+    run, number = plan.run, str(plan.round)
+    return {"run": run, "lineage": policy.lineage, "private": private, "round": number}
+
+
+def _read(file: Path, facts: dict[str, str]) -> Remainders:
+    """What is left from before this round: of the same run, lineage and privacy, else nothing."""
+    try:
+        if not file.exists():
+            return {}
         with safe_open(file, "pt") as content:
             known = content.metadata()
-            if known["run"] != plan.run:
+            if any(known[what] != facts[what] for what in ("run", "lineage", "private")):
                 return {}
-            if known["task"] == task:
-                when = "before"
-            elif int(known["round"]) < plan.round:
-                when = "after"
-            else:
+            ahead = int(facts["round"]) - int(known["round"])
+            if ahead < 0:
                 return {}
+            when = "after" if ahead else "before"
             start = f"{when}/left/"
             names = [k.removeprefix(start) for k in content.keys() if k.startswith(start)]  # noqa: SIM118
             found = {
@@ -115,20 +126,17 @@ def _read(file: Path, plan: TrainingPlan, task: str) -> Remainders:
                 )
                 for n in names
             }
-    except (SafetensorError, KeyError, ValueError, TypeError) as problem:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as problem:
         log.warning("%s cannot be read (%s): rounding starts anew", file, type(problem).__name__)
         return {}
     return {n: own for n, own in found.items() if all(bool(t.isfinite().all()) for t in own)}
 
 
-def _write(
-    file: Path, plan: TrainingPlan, task: str, before: Remainders, after: Remainders
-) -> None:
+def _write(file: Path, facts: dict[str, str], before: Remainders, after: Remainders) -> None:
     tensors = {
         f"{when}/{what}/{name}": tensor.contiguous().clone()
         for when, state in (("before", before), ("after", after))
         for name, own in state.items()
         for what, tensor in zip(("left", "frozen"), own, strict=True)
     }
-    facts = {"run": plan.run, "round": str(plan.round), "task": task}
     durable.replace(file, safetensors.torch.save(tensors, facts))

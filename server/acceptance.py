@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +19,9 @@ from transport.wire import size_bytes, unpack_upload
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
+MALFORMED = "malformed reply"
 _MOST_FACTS = 20
+_NOISE = 0.01, 1e4  # multipliers of a private step; beyond, a merge's squares could overflow
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ def accept(
     node = registered or node_name(node_id)
     if reply.has_error():
         return LeftOut(node, f"no answer (Flower error {reply.error.code})")
-    content: RecordDict = reply.content
+    content = reply.content
+    if not isinstance(content, RecordDict):  # Flower hands on whatever record it was sent
+        return LeftOut(node, MALFORMED)
     refusal = content.config_records.get("refusal")
     if refusal is not None:
         site = registered or str(refusal.get("site", ""))
@@ -74,21 +79,23 @@ def accept(
         measured = content.array_records.get("statistics")
         statistics = measured.to_torch_state_dict() if measured is not None else {}
     except Exception:  # rubbish fails in many ways (memory, recursion); each costs only its sender
-        return LeftOut(node, "malformed reply")
+        return LeftOut(node, MALFORMED)
     if not _plain(facts):
         return LeftOut(node, "malformed facts")
-    if not isinstance(site, str) or not _NAME.fullmatch(site) or site == "global":
+    if not isinstance(site, str) or not _NAME.fullmatch(site) or site.casefold() == "global":
         return LeftOut(node, "invalid site name")
     if registered and site != registered:
         return LeftOut(registered, f"calls itself {site}")
     if plan.privacy.enabled and not _is_noise(facts.get("noise_multiplier")):
-        return LeftOut(site, "no noise multiplier stated")
+        return LeftOut(site, "no possible noise multiplier stated")
     try:
         factors = unpack_upload(tensors, sent, plan)
         adapter = plan.joined(sent, factors)
         require_statistics(statistics, plan.statistics, sent, plan.upload, plan.seed)
     except ValueError as problem:
         return LeftOut(site, str(problem))
+    except (MemoryError, RuntimeError):  # which PyTorch raises too
+        return LeftOut(site, MALFORMED)
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
     if any(tensor.abs().max() > LARGEST for tensor in factors.values()):
@@ -105,7 +112,9 @@ def node_name(node_id: int) -> str:
 
 def _is_noise(stated: object) -> bool:
     """Every private round states it; merges may weigh by it, and the release tells of it."""
-    return isinstance(stated, int | float) and not isinstance(stated, bool) and stated > 0
+    least, most = _NOISE
+    number = isinstance(stated, int | float) and not isinstance(stated, bool)
+    return number and least <= stated <= most
 
 
 def _plain(facts: object) -> bool:
@@ -125,9 +134,14 @@ def _plain(facts: object) -> bool:
 def one_reply_each(
     outcomes: Sequence[A | LeftOut],
 ) -> tuple[list[A], dict[str, str]]:
-    """Accepted replies in site order, and who was left out; a name used twice counts for nobody."""
-    sites = [o.site for o in outcomes if isinstance(o, Answer)]
+    """Accepted replies in site order, and who was left out; a name used twice counts for nobody.
+
+    Names that differ in upper and lower case alone are one: they can be one folder on disk.
+    """
     left_out = {o.site: o.reason for o in outcomes if isinstance(o, LeftOut)}
-    left_out |= {s: "two hospitals under one name" for s in sites if sites.count(s) > 1}
+    used = Counter(o.site.casefold() for o in outcomes)
+    for o in outcomes:
+        if isinstance(o, Answer) and used[o.site.casefold()] > 1:
+            left_out[o.site] = "two hospitals under one name"
     accepted = [o for o in outcomes if isinstance(o, Answer) and o.site not in left_out]
     return sorted(accepted, key=lambda o: o.site), left_out

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -22,7 +23,15 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
-from server.acceptance import Accepted, Answer, LeftOut, accept, node_name, one_reply_each
+from server.acceptance import (
+    MALFORMED,
+    Accepted,
+    Answer,
+    LeftOut,
+    accept,
+    node_name,
+    one_reply_each,
+)
 from server.run_folder import RunFolder, write_atomically
 from strategies.base import Draw, MergeError, Noise
 from strategies.merging import merge
@@ -32,7 +41,6 @@ from transport.wire import pack_task, size_bytes
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_AT_ONCE = 8  # replies fetched, so held in memory, at a time
 Report = Callable[[str, int, int], None]  # what is being done, done, total
 
 
@@ -61,7 +69,12 @@ def federate(
         bytes_each = size_bytes(task)
         outcomes: dict[int, Answer | LeftOut] = {}
         for node, reply in _exchange(grid, plan, task, nodes, deadline, stop, report):
-            outcomes[node] = _kept(accept(reply, plan, sent, node, nodes[node]), folder, number)
+            outcome = (
+                reply
+                if isinstance(reply, LeftOut)
+                else accept(reply, plan, sent, node, nodes[node])
+            )
+            outcomes[node] = _kept(outcome, folder, number)
         accepted, left_out = one_reply_each(list(outcomes.values()))
         for site in {o.site for o in outcomes.values() if isinstance(o, Answer)} & left_out.keys():
             folder.drop_adapter(number, site)
@@ -153,15 +166,16 @@ def _exchange(
     grid: Grid,
     plan: TrainingPlan,
     task: RecordDict,
-    nodes: Iterable[int],
+    nodes: Mapping[int, str],
     deadline: float,
     stop: threading.Event,
     report: Report,
-) -> Iterator[tuple[int, Message]]:
+) -> Iterator[tuple[int, Message | LeftOut]]:
     """Send the task to every node; each reply before the deadline, with its node, as it comes.
 
-    Few are fetched at a time, and none is kept. A reply belongs to the node whose task it answers:
-    its own sender may be the SuperLink, which answers for a node that is gone.
+    They are fetched one at a time, so that one that cannot be read takes no other with it, and none
+    is kept. A reply belongs to the node whose task it was fetched for, whatever it says itself: its
+    sender may be the SuperLink, which answers for a node that is gone.
     """
     messages = [
         Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))
@@ -174,19 +188,32 @@ def _exchange(
     what = f"round {plan.round} of {plan.rounds}: hospitals answered"
     while waiting:
         report(what, answered, len(messages))
-        for some in _batches(sorted(waiting)):
-            for reply in grid.pull_messages(some):
-                waiting.discard(reply.metadata.reply_to_message_id)
+        for message_id in sorted(waiting):
+            node = asked[message_id]
+            reply = _fetched(grid, message_id, nodes[node] or node_name(node))
+            if reply is not None:
+                waiting.remove(message_id)
                 answered += 1
-                yield asked[reply.metadata.reply_to_message_id], reply
+                yield node, reply
         if not waiting or time.monotonic() > deadline:
             break
         _pause(stop)
     report(what, answered, len(messages))
 
 
-def _batches(ids: list[str]) -> list[list[str]]:
-    return [ids[i : i + _AT_ONCE] for i in range(0, len(ids), _AT_ONCE)]
+def _fetched(grid: Grid, message_id: str, site: str) -> Message | LeftOut | None:
+    """The reply to one message; None where there is none yet.
+
+    Flower takes a reply off its list before it decodes it, so one that cannot be decoded does not
+    come again. Raises what the connection to Flower raises.
+    """
+    try:
+        return next(iter(grid.pull_messages([message_id])), None)
+    except (httpx.HTTPError, OSError):
+        raise
+    except Exception as problem:  # rubbish fails in many ways; each costs only its sender
+        log.warning("the reply of %s cannot be decoded (%s)", site, type(problem).__name__)
+        return LeftOut(site, MALFORMED)
 
 
 def _kept(outcome: Accepted | LeftOut, folder: RunFolder, number: int) -> Answer | LeftOut:

@@ -86,16 +86,17 @@ def unpack_upload(
     """The trained part that a hospital's arrays stand for, float32.
 
     ``sent`` is the coordinator's own, exact adapter. Raises ValueError, in fixed words, when
-    something is missing, of another type or shape, or has no sound scale.
+    something is missing, of another type or shape, or has no sound scale; names and shapes are
+    looked at first, so what is not as asked for is not even copied.
     """
+    before = plan.to_travel(sent)
+    if set(factor_names(arrays, plan.wire)) != set(before):
+        raise ValueError("factors missing or unexpected")
+    if any(arrays[name].shape != tensor.shape for name, tensor in before.items()):
+        raise ValueError("factors of another shape")
     decoded = decode(arrays, plan.wire)
     if plan.wire == "float32":
         return decoded
-    before = plan.to_travel(sent)
-    if set(decoded) != set(before):
-        raise ValueError("factors missing or unexpected")
-    if any(decoded[name].shape != tensor.shape for name, tensor in before.items()):
-        raise ValueError("factors of another shape")
     return {n: (before[n].double() + moved.double()).float() for n, moved in decoded.items()}
 
 

@@ -66,13 +66,16 @@ def require_model(plan: TrainingPlan, installed: str, longest: int | None) -> No
 def require_layers(plan: TrainingPlan, policy: SitePolicy, depth: int) -> None:
     """Return when the plan adapts no more of the model's ``depth`` blocks than is allowed.
 
-    Raises Refusal, also when the plan names blocks that the model does not have.
+    Raises Refusal, also when the plan names blocks that the model does not have, and when the model
+    does not say how many it has (``depth`` 0) and there is a limit.
     """
+    most = policy.adapter.max_layers
+    if depth < 1 and (most is not None or plan.adapter.layers is not None):
+        raise Refusal(Reason.LIMIT_EXCEEDED, "the model does not say how many layers it has")
     try:
         count = len(chosen_layers(plan.adapter.layers, depth))
     except ValueError as problem:
         raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
-    most = policy.adapter.max_layers
     if most is not None and count > most:
         raise Refusal(Reason.LIMIT_EXCEEDED, f"{count} layers")
 

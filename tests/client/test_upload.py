@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.adapter import Adapter
@@ -76,7 +77,7 @@ def federation(
             released = Outgoing(to_travel(Adapter(spec, layers), "B", 3), {"site": policy.site})
             if forget:
                 remainders_file(policy).unlink(missing_ok=True)
-            sent = rounded(released, got_plan, received, policy, f"{number}")
+            sent = rounded(released, got_plan, received, policy)
             trained = unpack_upload(sent.tensors, model, asked)
             answers.append(joined(model, trained, "B", 3))
         model = merge(create(strategy), answers, [1 / len(answers)] * len(answers)).adapter
@@ -117,7 +118,7 @@ def test_a_turned_factor_takes_the_remainder_along_and_loses_what_it_does_not_sp
         asked = plan(round=number, rounds=3, adapter={"rank": 4}, wire="int8")
         received = Adapter(spec, {"a.q": LowRank(torch.zeros(24, 4), frozen)})
         released = Outgoing({"a.q.lora_B.weight": moved}, {})
-        sent = rounded(released, asked, received, own, f"{number}")
+        sent = rounded(released, asked, received, own)
         return unpack_upload(sent.tensors, received, asked)["a.q.lora_B.weight"]
 
     moved = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
@@ -134,7 +135,10 @@ def test_a_turned_factor_takes_the_remainder_along_and_loses_what_it_does_not_sp
 
 
 def test_a_task_that_comes_again_is_rounded_as_before_and_another_run_begins_anew(
-    plan: MakePlan, policy: MakePolicy, starting_point: Start
+    plan: MakePlan,
+    policy: MakePolicy,
+    starting_point: Start,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own, received = policy(), starting_point[0]
     g = torch.Generator().manual_seed(1)
@@ -142,19 +146,57 @@ def test_a_task_that_comes_again_is_rounded_as_before_and_another_run_begins_ane
         n: t + torch.randn(t.shape, generator=g) for n, t in to_travel(received, "B", 3).items()
     }
 
-    def ask(number: int, task: str, **others: Any) -> bytes:
+    def ask(number: int, site: SitePolicy = own, **others: Any) -> bytes:
         asked = plan(round=number, rounds=4, wire="int8", **others)
-        return rounded(Outgoing(moved, {}), asked, received, own, task).to_bytes()
+        return rounded(Outgoing(moved, {}), asked, received, site).to_bytes()
 
-    first, second = ask(1, "one"), ask(2, "two")
+    first, second = ask(1), ask(2)
     assert first != second  # the same change, with what was left of the first
-    assert ask(2, "two") == second  # after a crash before the reply was stored
-    third = ask(3, "three")
-    assert ask(3, "three") == third != second
-    assert ask(1, "one") == first  # an old task: nothing of later rounds is in it
-    assert ask(1, "other", run="second") == first
+    assert ask(2) == second  # after a crash before the reply was stored
+    assert ask(2, local_steps=3) == second  # another task of that round, in place of the last
+    third = ask(3)
+    assert ask(3) == third != second
+    assert ask(1) == first  # an old task: nothing of later rounds is in it
+    for others in (
+        {"run": "second"},
+        {"site": policy(lineage="another")},
+        {"privacy": {"enabled": False}},
+    ):
+        ask(1)
+        assert ask(2) == second
+        assert ask(3, **others) == first  # nothing of what is not its own is in it
     remainders_file(own).write_bytes(b"rubbish")
-    assert ask(2, "two") == first
+    assert ask(2) == first
+    ask(1)
+
+    def broken(*_: object) -> None:
+        raise OSError("the disk does not answer")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("client.upload.safe_open", broken)
+        assert ask(2) == first
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(23, 4), (24, 3), (4, 24), (24,), ()])
+def test_a_remainder_of_another_shape_is_dropped(
+    shape: tuple[int, ...], turned: bool, plan: MakePlan, policy: MakePolicy
+) -> None:
+    own, spec = policy(), plan(adapter={"rank": 4}).spec
+    A = orthonormal((20, 4), 1).T
+    name = "a.q.lora_B.weight"
+    asked = plan(round=2, rounds=3, adapter={"rank": 4}, wire="int8")
+    received = Adapter(spec, {"a.q": LowRank(torch.zeros(24, 4), A)})
+    released = Outgoing({name: torch.ones(24, 4)}, {})
+    plain = rounded(released, asked, received, own).to_bytes()
+    frozen = A.flip(0) if turned else A
+    facts = {
+        "run": asked.run, "lineage": own.lineage, "private": "True", "round": "1",
+    }  # fmt: skip
+    for left, changes in ((torch.full((24, 4), 0.1), True), (torch.ones(shape), False)):
+        tensors = {f"after/left/{name}": left, f"after/frozen/{name}": frozen.contiguous()}
+        save_file(tensors, remainders_file(own), facts)
+        assert (rounded(released, asked, received, own).to_bytes() != plain) == changes
 
 
 @pytest.mark.parametrize("wire", ["float16", "int8"])

@@ -20,6 +20,7 @@ from conf.load import load
 from conf.schema import RunSettings
 from server.acceptance import Accepted, LeftOut, accept, one_reply_each
 from server.run_folder import RunFolder
+from transport.formats import encode
 from transport.wire import pack_refusal, pack_result
 
 OPTIONS = ["strategy=ffa", "adapter.rank=2"]
@@ -86,14 +87,17 @@ def test_both_factors_are_taken_where_both_were_asked_for() -> None:
     assert all(tensor.equal(moved[name]) for name, tensor in one.adapter.tensors().items())
 
 
-@pytest.mark.parametrize("stated", [None, 0.0, -1.0, "0.7", True])
-def test_a_private_round_is_left_without_a_hospital_that_does_not_state_its_noise(
+@pytest.mark.parametrize(
+    "stated", [None, 0.0, -1.0, "0.7", True, 0.009, 1e-160, 1.1e4, 1e160, 10**100]
+)
+def test_a_private_round_is_left_without_a_hospital_that_states_no_possible_noise(
     stated: object,
 ) -> None:
     plan = plan_round(PRIVATE, "run", 1, "0" * 64)
     facts = {"site": "east"} | ({} if stated is None else {"noise_multiplier": stated})
-    assert reason(result(GOOD, facts), plan) == "no noise multiplier stated"
-    assert accepted(result(GOOD, {"site": "east", "noise_multiplier": 0.7}), plan).site == "east"
+    assert reason(result(GOOD, facts), plan) == "no possible noise multiplier stated"
+    for possible in (0.01, 0.7, 5, 1e4):
+        assert accepted(result(GOOD, {"site": "east", "noise_multiplier": possible}), plan)
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -162,6 +166,34 @@ def test_bytes_that_are_no_tensor_cost_only_their_sender(data: bytes) -> None:
     assert reason(result(ArrayRecord({B: array}))) == "malformed reply"
 
 
+@pytest.mark.parametrize("wire", ["float32", "float16", "int8"])
+def test_what_was_not_asked_for_is_not_even_decoded(
+    wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PLAN.model_copy(update={"wire": wire})
+    good = encode(GOOD, wire)
+    assert accepted(result(good), plan)
+    reached: list[object] = []
+    monkeypatch.setattr("transport.wire.decode", lambda *a: reached.append(a))
+    for change, expected in (
+        ({B: torch.ones(3000, 2).to(good[B].dtype)}, "factors of another shape"),
+        ({"layer.x.lora_B.weight": good[B]}, "factors missing or unexpected"),
+    ):
+        assert reason(result(good | change), plan) == expected
+    assert not reached
+
+
+@pytest.mark.parametrize("shortage", [MemoryError, RuntimeError])
+def test_a_reply_that_takes_too_much_memory_costs_only_its_sender(
+    shortage: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise shortage("not enough memory: you tried to allocate 9 GB")
+
+    monkeypatch.setattr("transport.wire.decode", short)
+    assert reason(result(GOOD)) == "malformed reply"
+
+
 # --- facts and names ---------------------------------------------------------------------------
 
 
@@ -189,7 +221,8 @@ def test_facts_that_are_not_a_few_short_values_are_left_out(facts: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "name", ["global", "", ".", "..", "../west", "a/b", "-x", "east\n", "a b", "x" * 64, "ö", 5]
+    "name",
+    ["global", "Global", "", ".", "..", "../west", "a/b", "-x", "east\n", "a b", "x" * 64, "ö", 5],
 )
 def test_a_name_that_cannot_be_a_folder_of_its_own_is_left_out(name: str | int) -> None:
     assert reason(result(GOOD, {"site": name})) == "invalid site name"
@@ -210,6 +243,9 @@ def test_a_reply_without_its_records_is_left_out() -> None:
     swapped = RecordDict({"facts": ArrayRecord(GOOD), "adapter": ConfigRecord({"json": "{}"})})
     assert reason(answer(swapped)) == "malformed reply"
     assert reason(answer(RecordDict())) == "malformed reply"
+    other = answer(RecordDict())
+    other.__dict__["_content"] = ArrayRecord(GOOD)  # as Flower makes of bytes that say so
+    assert reason(other) == "malformed reply"
 
 
 # --- statistics --------------------------------------------------------------------------------
@@ -290,3 +326,6 @@ def test_a_name_used_twice_counts_for_nobody() -> None:
     merged, left_out = one_reply_each([mid, LeftOut("mid", "refused: INTERNAL"), east])
     assert [one.site for one in merged] == ["east"]
     assert set(left_out) == {"mid"}
+    merged, left_out = one_reply_each([east, west, from_site("East"), LeftOut("WEST", "late")])
+    assert merged == []  # which may be one folder on disk
+    assert set(left_out) == {"east", "East", "west", "WEST"}

@@ -46,6 +46,22 @@ def verdict(
     return None
 
 
+@pytest.mark.parametrize(
+    ("layers", "most", "refused"),
+    [(None, None, False), (None, 6, True), ("half", None, True), ([0], None, True)],
+)
+def test_a_model_that_does_not_say_its_depth_keeps_to_no_limit_of_layers(
+    layers: object, most: int | None, refused: bool, plan: MakePlan, policy: MakePolicy
+) -> None:
+    asked, own = plan(adapter={"layers": layers}), policy(adapter={"max_layers": most})
+    if not refused:
+        require_layers(asked, own, 0)
+        return
+    with pytest.raises(Refusal, match="exceeds") as refusal:
+        require_layers(asked, own, 0)
+    assert refusal.value.reason is Reason.LIMIT_EXCEEDED
+
+
 def test_a_plan_within_every_limit_passes(plan: MakePlan, policy: MakePolicy) -> None:
     assert verdict(plan(), policy()) is None
 
