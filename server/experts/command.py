@@ -21,6 +21,7 @@ from server.experts.outcome import outcome, outcome_table
 from server.experts.search import Found, search
 from server.experts.space import Candidate, Space
 from server.experts.tasks import Task, read_tasks, scores_of
+from server.offline.adapters import highest_rank
 from server.progress import stage_progress
 from server.run_folder import write_atomically
 from strategies.base import Draw
@@ -60,6 +61,8 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
     bench = _Bench(command, base, tasks)
     for expert in experts.values():
         weights_under(base, expert)  # says at once which does not fit
+        if command.rank is not None and command.rank > (narrowest := highest_rank(expert)):
+            raise ConfigError(f"rank={command.rank}: a layer is only {narrowest} wide")
     journal = Journal(command.out / "search.jsonl", _what(command, base, experts, tasks))
     with stage_progress(console) as progress:
         bar = progress.add_task("experts towards the base", total=len(experts))
@@ -109,10 +112,10 @@ class _Bench:
     def merged(self, candidate: Candidate, chosen: list[Chosen]) -> Merge:
         adapters = [one.adapter for one in chosen]
         strategy = create(self.command.strategy.name, candidate.parameters)
-        narrowest = min(min(layer.shape) for layer in adapters[0].layers.values())
         rank = self.command.rank or sum(adapter.spec.rank for adapter in adapters)
+        fits = rank <= min(map(highest_rank, adapters))
         draw = Draw(f"experts {self.command.seed}")
-        return merge(strategy, adapters, candidate.weights, draw, min(rank, narrowest))
+        return merge(strategy, adapters, candidate.weights, draw, rank if fits else "exact")
 
 
 def _choose(name: str, expert: Adapter, bench: _Bench, journal: Journal) -> Chosen:

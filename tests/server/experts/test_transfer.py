@@ -181,7 +181,7 @@ def test_spare_rows_do_not_hide_that_tokens_differ(
         extended.add_tokens(added)
         extended.save_pretrained(folders[name])
     record = move(base=folders["old"], tuned=folders["old2"], target=folders["new"])
-    old, tuned, own, found = (weights(folder) for folder in (*folders.values(), tmp_path / "out"))
+    old, _, own, found = (weights(folder) for folder in (*folders.values(), tmp_path / "out"))
     names = [EMBEDDING] if tied else [EMBEDDING, "lm_head.weight"]
     for name in names:
         assert found[name][known:].equal(own[name][known:])
