@@ -59,6 +59,7 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
     rank = _rank(parameters.pop("rank", None), kind, recipe)
     weights = _weights(recipe, how, inputs, parameters)
     strategy, shares, signs = _strategy(recipe.merge_method, how, weights, parameters)
+    require_adapters_suffice(strategy, "merge_method")
     differences = (
         kind == "adapter" or how.on == "differences" or (how.on == "either" and base is not None)
     )
@@ -76,6 +77,22 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
         strategy, tuple(i.model for i in inputs), shares, signs, base, differences, rank,
         tuple(notes),
     )  # fmt: skip
+
+
+def require_adapters_suffice(strategy: Strategy, key: str) -> None:
+    """Return when a merge needs no more than what it merges.
+
+    Raises ConfigError naming the option ``key`` when it needs what is known in rounds only.
+    """
+    wrapped = strategy
+    while isinstance(wrapped, Lines):
+        wrapped = create(wrapped.of, wrapped.parameters)
+    needed = f"{wrapped.statistics} statistics" if wrapped.statistics else "the noise's size"
+    if wrapped.statistics or wrapped.declared.noise:
+        raise ConfigError(
+            f"{key}={strategy.name}: needs {needed} of every hospital ({wrapped.name}), which only "
+            "rounds have; take another"
+        )
 
 
 def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[list[Input], str | None, list[str]]:

@@ -17,6 +17,7 @@ from conf.load import ConfigError, load
 from server.experts import command as module
 from server.experts.command import run
 from server.experts.tasks import read_tasks, scores_of
+from strategies.base import MergeError
 from strategies.merging import merge
 from strategies.registry import create
 
@@ -189,6 +190,8 @@ def test_what_cannot_be_merged_is_said_in_one_line(
         ([f"experts=[{experts[0]},{experts[0]}]"], "is named twice"),
         (["search.keep=[gamma]"], "search.keep: gamma is not searched"),
         (["strategy=ties", "strategy.density=2"], "strategy.density=2: input should be less"),
+        (["strategy=regmean"], "strategy=regmean: needs gram statistics of every hospital"),
+        (["strategy=lines", "strategy.of=noise_aware"], r"strategy=lines: needs the noise's size"),
         (["rank=33"], "rank=33: a layer is only 32 wide"),
         ([f"tasks=[{tmp_path / 'no.jsonl'}]"], "no.jsonl: cannot be read"),
     ):
@@ -196,6 +199,18 @@ def test_what_cannot_be_merged_is_said_in_one_line(
             run(make(*options), QUIET)
         assert "\n" not in str(found.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_cannot_work_fails_before_anything_is_scored(
+    make: Make, tmp_path: Path, experts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(*_: object) -> dict[str, float]:
+        raise AssertionError("scored in vain")
+
+    monkeypatch.setattr(module, "scores_of", scored)
+    with pytest.raises(MergeError, match="rank"):  # of the experts differ
+        run(make("strategy=fedavg"), QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_scored(

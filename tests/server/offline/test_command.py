@@ -51,6 +51,13 @@ def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
     ("recipe", "expected"),
     [
         ({"merge_method": "tise"}, "merge_method=tise: choose one of breadcrumbs, "),
+        ({"merge_method": "regmean"}, "merge_method=regmean: needs gram statistics of every hosp"),
+        ({"merge_method": "fisher"}, "merge_method=fisher: needs fisher statistics of every"),
+        ({"merge_method": "noise_aware"}, "merge_method=noise_aware: needs the noise's size of"),
+        (
+            {"merge_method": "lines", "parameters": {"of": "fisher"}},
+            "merge_method=lines: needs fisher statistics of every hospital (fisher), which only",
+        ),
         ({"merge_method": "sce"}, "merge_method=sce is not supported (ties is nearest to it): cho"),
         (LINEAR | {"slices": []}, "slices is not supported: layers cannot be taken from"),
         (LINEAR | {"modles": []}, "unknown key modles; there are: merge_method, models, "),
