@@ -84,17 +84,17 @@ class Adapter:
         return {name: layer * self.spec.scale for name, layer in self.layers.items()}
 
     @staticmethod
-    def from_deltas(deltas: Mapping[str, LowRank], spec: AdapterSpec) -> Adapter:
-        """An adapter of the given spec whose scaled updates are ``deltas`` (float32 factors).
+    def from_deltas(
+        deltas: Mapping[str, LowRank], spec: AdapterSpec, dtype: torch.dtype = torch.float32
+    ) -> Adapter:
+        """An adapter of the given spec whose scaled updates are ``deltas``.
 
         Raises ValueError when a layer's factors are not of rank ``spec.rank``.
         """
         for name, delta in deltas.items():
             if delta.rank != spec.rank:
                 raise ValueError(f"{name}: factors of rank {delta.rank}, expected {spec.rank}")
-        layers = {
-            name: (delta * (1 / spec.scale)).to(torch.float32) for name, delta in deltas.items()
-        }
+        layers = {name: (delta * (1 / spec.scale)).to(dtype) for name, delta in deltas.items()}
         return Adapter(spec, layers)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -47,12 +47,14 @@ def merge(
     weights: Sequence[float],
     draw: Draw | None = None,
     rank: int | Literal["exact"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Merge:
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
     ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's, and
-    "exact" the rank that the merged update has, so that nothing is lost. ``adapters`` are gone
-    through one at a time, more than once, and may be loaded each time.
+    "exact" the rank that the merged update has, so that nothing is lost; ``dtype`` is that of the
+    merged factors, computed in float64. ``adapters`` are gone through one at a time, more than
+    once, and may be loaded each time.
     Raises MergeError when the adapters do not fit each other or the strategy.
     """
     if not adapters:
@@ -73,7 +75,7 @@ def merge(
             figures.compare(name, update)
         layers[name], kept[name], norm = _of_rank(update, spec.rank)
         squared += norm**2
-    merged = Adapter.from_deltas(layers, spec)
+    merged = Adapter.from_deltas(layers, spec, dtype)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
     if not exact:

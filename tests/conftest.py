@@ -50,9 +50,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_llama(
-    vocabulary: int = 300, seed: int = 0, layers: int = 2, width: int = 32
+    vocabulary: int = 300, seed: int = 0, layers: int = 2, width: int = 32, tied: bool = True
 ) -> LlamaForCausalLM:
-    """A tiny random Llama, float32, with tied embeddings."""
+    """A tiny random Llama, float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -62,7 +62,7 @@ def make_llama(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from adapters.base_model import embedded_model
+from adapters.base_model import ModelError, embedded_model, skeleton
 from conf.load import ConfigError
+from conf.schema import ModelSettings
 
 
 class Checkpoint:
@@ -64,6 +66,26 @@ class Checkpoint:
         """Rows of the embedding: the vocabulary, and often some spare ones."""
         config = self._config()
         return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0))
+
+    @cached_property
+    def token_wise(self) -> frozenset[str]:
+        """Names of weights with one row for each token: embedding and output layer, tied or not.
+
+        Raises ConfigError when ``config.json`` describes no causal language model.
+        """
+        try:
+            model = skeleton(ModelSettings(source="path", path=str(self.folder)))
+        except ModelError as problem:
+            said = str(problem).partition(": ")[2]
+            raise ConfigError(f"{self.key}={self.folder}: {said}") from None
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        whole = [n for n, m in model.named_modules() if any(m is layer for layer in layers)]
+        # A stored name may lack the prefix of the head's wrapper, as those of GPT-2 do.
+        return frozenset(
+            name
+            for name in self.shapes
+            if any(f".{layer}".endswith(f".{name.rpartition('.')[0]}") for layer in whole)
+        )
 
     def _config(self) -> dict[str, Any]:
         try:

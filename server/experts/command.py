@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from server.experts.outcome import outcome, outcome_table
 from server.experts.search import Found, search
 from server.experts.space import Candidate, Space
 from server.experts.tasks import Task, read_tasks, scores_of
+from server.offline.adapters import highest_rank
+from server.offline.plan import require_adapters_suffice
 from server.progress import stage_progress
 from server.run_folder import write_atomically
 from strategies.base import Draw
@@ -48,6 +50,7 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
     if (command.out / "report.json").exists():
         raise ConfigError(f"out={command.out}: holds a finished search; take another folder")
     strategy = create(command.strategy.name, command.strategy.parameters)
+    require_adapters_suffice(strategy, "strategy")
     space = Space.of(strategy, len(command.experts), command.search.keep)
     names = distinct_names("experts", command.experts)
     experts = {
@@ -60,6 +63,11 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
     bench = _Bench(command, base, tasks)
     for expert in experts.values():
         weights_under(base, expert)  # says at once which does not fit
+        if command.rank is not None and command.rank > (narrowest := highest_rank(expert)):
+            raise ConfigError(f"rank={command.rank}: a layer is only {narrowest} wide")
+    first = space.candidate(space.start)
+    if first is not None:  # what cannot be merged fails before anything is scored
+        bench.merged(first, list(experts.values()))
     journal = Journal(command.out / "search.jsonl", _what(command, base, experts, tasks))
     with stage_progress(console) as progress:
         bar = progress.add_task("experts towards the base", total=len(experts))
@@ -67,10 +75,11 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
         for name, expert in experts.items():
             chosen.append(_choose(name, expert, bench, journal))
             progress.advance(bar)
+        brought_back = [one.adapter for one in chosen]
         bar = progress.add_task("search", total=command.search.evaluations)
         found = search(
             space,
-            lambda candidate: bench.scores(bench.merged(candidate, chosen).adapter),
+            lambda candidate: bench.scores(bench.merged(candidate, brought_back).adapter),
             command.search.evaluations,
             command.seed,
             journal,
@@ -78,7 +87,7 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
                 bar, completed=done, description=f"search, best mean score {best:.4f}"
             ),
         )
-        merged = bench.merged(found.candidate, chosen)
+        merged = bench.merged(found.candidate, brought_back)
         models = {_BASE: None, **{_label(c): c.adapter for c in chosen}, "merged": merged.adapter}
         bar = progress.add_task("table", total=len(models))
         rows = {}
@@ -106,13 +115,12 @@ class _Bench:
     def scores(self, adapter: Adapter) -> dict[str, float]:
         return scores_of(self.base, adapter, self.tasks, self.command.max_tokens)
 
-    def merged(self, candidate: Candidate, chosen: list[Chosen]) -> Merge:
-        adapters = [one.adapter for one in chosen]
+    def merged(self, candidate: Candidate, adapters: Sequence[Adapter]) -> Merge:
         strategy = create(self.command.strategy.name, candidate.parameters)
-        narrowest = min(min(layer.shape) for layer in adapters[0].layers.values())
         rank = self.command.rank or sum(adapter.spec.rank for adapter in adapters)
+        fits = rank <= min(map(highest_rank, adapters))
         draw = Draw(f"experts {self.command.seed}")
-        return merge(strategy, adapters, candidate.weights, draw, min(rank, narrowest))
+        return merge(strategy, adapters, candidate.weights, draw, rank if fits else "exact")
 
 
 def _choose(name: str, expert: Adapter, bench: _Bench, journal: Journal) -> Chosen:

@@ -48,7 +48,7 @@ def outcome_table(title: str, rows: Mapping[str, Mapping[str, float]], base: str
         table.add_column(name, justify="right")
     for model, scores in rows.items():
         found = outcome(rows[base], scores)
-        spread = "" if found.variation is None else f"{found.variation:.1f}"
+        spread = "" if found.variation is None else f"{found.variation:.2f}"
         numbers = ("", "") if model == base else (f"{found.improved} of {len(tasks)}", spread)
         cells = [f"{scores[task]:.3f}" for task in tasks]
         table.add_row(model, *cells, f"{found.average:.3f}", *numbers)

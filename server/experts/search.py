@@ -85,7 +85,8 @@ def search(
         _run(space, loss, seed, tried)
     merged = [(candidate, scores) for candidate, scores in tried.values() if scores]
     if not merged:
-        raise ConfigError(f"strategy={space.strategy.name}: no candidate could be merged")
+        last = journal.of("evaluation")[-1]["refused"]
+        raise ConfigError(f"strategy={space.strategy.name}: no candidate could be merged; {last}")
     candidate, scores = max(merged, key=lambda one: statistics.fmean(one[1].values()))
     return Found(candidate, scores, len(tried))
 

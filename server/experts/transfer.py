@@ -7,8 +7,8 @@ Both rest on the two checkpoints being close: ||theta_target - theta_base|| / ||
 reported. Sums are formed in float64 and stored in the target's precision.
 
 Vocabularies may differ by tokens appended at the end, nothing else. Rows of embedding and output
-layer beyond the tokens that all checkpoints have stay the target's own; rows that only the tuned
-model has are left out. Both are counted in the report.
+layer beyond the tokens that all checkpoints have stay the target's own, spare rows included; such
+rows of the tuned model are left out. Both are counted in the report.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.lowrank import LowRank
 from conf.load import ConfigError
 from server.experts.checkpoint import Checkpoint
 
@@ -107,30 +108,51 @@ def require_fit(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def moved(target: Tensor, base: Tensor, tuned: Tensor, strength: float, rows: int) -> Tensor:
+def moved(target: Tensor, base: Tensor, tuned: Tensor, strength: float, rows: int | None) -> Tensor:
     """target + strength (tuned - base), of the target's shape and precision.
 
-    Where the first dimension differs only the first ``rows`` move. Integers stay as they are.
+    Only the first ``rows`` move, None: all of them. Integers stay as they are.
     """
     if not target.is_floating_point():
         return target
     out = target.double()
-    most = rows if len({len(t) for t in (target, base, tuned)}) > 1 else len(target)
-    out[:most] += strength * (tuned[:most].double() - base[:most].double())
+    out[:rows] += strength * (tuned[:rows].double() - base[:rows].double())
     return out.to(target.dtype)
 
 
 def distance(base: Checkpoint, target: Checkpoint, rows: int, names: Sequence[str] = ()) -> Norms:
-    """Norms of target - base over ``names``, all weights if empty; of shared rows only."""
+    """Norms of target - base over ``names``, all weights if empty.
+
+    Of weights with one row for each token only the first ``rows`` count: those that are shared.
+    """
     norms = Norms()
     for name in names or base.shapes:
         old, new = base.tensor(name), target.tensor(name)
         if not old.is_floating_point():
             continue
-        if old.shape != new.shape:
+        if name in base.token_wise:
             old, new = old[:rows], new[:rows]
         norms.add(name, new.double() - old.double(), old)
     return norms
+
+
+def only_shared(
+    adapter: Adapter, weights: Mapping[str, str], target: Checkpoint, rows: Rows
+) -> tuple[Adapter, Rows]:
+    """The adapter without its update of tokens that are not shared, and the rows it moves.
+
+    ``weights`` names the weight under every layer. Most adapters leave embedding and output layer
+    alone, and so move none of the target's rows.
+    """
+    layers = dict(adapter.layers)
+    by_token = [name for name, weight in weights.items() if weight in target.token_wise]
+    for name in by_token:
+        B = layers[name].B.clone()
+        B[rows.moved :] = 0
+        layers[name] = LowRank(B, layers[name].A)
+    if not by_token:
+        rows = Rows(0, target.tokens(), 0)
+    return Adapter(adapter.spec, layers), rows
 
 
 def update_norms(adapter: Adapter, target: Checkpoint, weights: Mapping[str, str]) -> Norms:
@@ -143,7 +165,8 @@ def update_norms(adapter: Adapter, target: Checkpoint, weights: Mapping[str, str
 
 def _by_token(name: str, first: Checkpoint, other: Checkpoint) -> bool:
     """Whether this weight has one row for each token in both checkpoints."""
-    return (first.shapes[name][0], other.shapes[name][0]) == (first.tokens(), other.tokens())
+    counts = first.shapes[name][0], other.shapes[name][0]
+    return name in first.token_wise and counts == (first.tokens(), other.tokens())
 
 
 def _rows(first: Checkpoint, others: Sequence[Checkpoint]) -> Rows:

@@ -21,6 +21,7 @@ from server.experts.transfer import (
     Rows,
     distance,
     moved,
+    only_shared,
     require_fit,
     require_same_shape,
     update_norms,
@@ -63,9 +64,10 @@ def _adapter(
     rows = require_same_shape(base, [target])
     under = require_fit(adapter, target)
     require_fit(adapter, base)
+    adapter, own = only_shared(adapter, under, target, rows)
     adapter.save(made, target.name)
     apart = distance(base, target, rows.moved, list(under.values()))
-    return _record(command, base, target, rows, apart, update_norms(adapter, target, under))
+    return _record(command, base, target, own, apart, update_norms(adapter, target, under))
 
 
 def _difference(
@@ -82,7 +84,8 @@ def _difference(
         bar = progress.add_task("weights", total=len(target.shapes))
 
         def change(name: str, own: Tensor) -> Tensor:
-            out = moved(own, base.tensor(name), tuned.tensor(name), command.strength, rows.moved)
+            shared = rows.moved if name in target.token_wise else None
+            out = moved(own, base.tensor(name), tuned.tensor(name), command.strength, shared)
             if not out.isfinite().all():
                 raise ConfigError(f"{name}: the sum is not finite in {str(own.dtype)[6:]}")
             if own.is_floating_point():

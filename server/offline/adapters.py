@@ -84,17 +84,23 @@ def open_adapters(plan: Plan) -> list[AdapterFolder]:
 
 
 def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> Merge:
-    """The merged adapter, of the plan's rank or exact. Raises MergeError."""
+    """The merged adapter in float64, of the plan's rank or exact. Raises MergeError."""
     turned = [
         o.adapter if sign > 0 else _negative(o.adapter)
         for o, sign in zip(opened, plan.signs, strict=True)
     ]
-    narrowest = min(layer.shape[1] for layer in turned[0].layers.values())
+    narrowest = highest_rank(turned[0])
     if plan.rank is not None and plan.rank > narrowest:
         raise MergeError(f"parameters.rank={plan.rank}: a layer is only {narrowest} wide")
     draw = Draw(f"merge:{seed}")
-    found = merge(plan.strategy, turned, plan.weights, draw, plan.rank or "exact")
+    rank = plan.rank or "exact"
+    found = merge(plan.strategy, turned, plan.weights, draw, rank, torch.float64)
     return replace(found, adapter=_named(found.adapter, opened))
+
+
+def highest_rank(adapter: Adapter) -> int:
+    """Of a merged adapter: the smallest input width of a layer. Narrower outputs are filled up."""
+    return min(layer.shape[1] for layer in adapter.layers.values())
 
 
 def base_name(opened: Sequence[AdapterFolder], base_model: str | None) -> str:

@@ -24,6 +24,7 @@ from server.offline.plan import Kind, Plan, plan
 from server.offline.recipe import Output, Recipe, read_recipe
 from server.offline.report import of_adapters, of_models, write_report
 from server.progress import stage_progress
+from strategies.base import MergeError
 
 Job = Callable[[Path], None]  # fills an empty folder
 
@@ -67,11 +68,12 @@ def _adapters(
             found = merge_adapters(todo, opened, recipe.seed)
             progress.advance(bar)
             # One and the same adapter, whichever form it leaves in.
-            saved = _rounded(found.adapter, dtype if output == "adapter" else None)
+            kept = dtype if output == "adapter" and dtype else torch.float32
+            saved = _rounded(found.adapter, kept)
             if output != "model":
                 place = folder / "adapter" if output == "both" else folder
                 name = base_name(opened, todo.base_model)
-                saved.save(place, name, dtype if output == "adapter" and dtype else torch.float32)
+                saved.save(place, name, kept)
             prints = None
             if base is not None and tokenizer is not None:
                 place = _made(folder / "model" if output == "both" else folder)
@@ -174,11 +176,12 @@ def _tokenizer(recipe: Recipe, output: Output, todo: Plan) -> Path | None:
     return Path(source)
 
 
-def _rounded(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
-    """The adapter as it will be read again."""
-    if dtype is None:
-        return adapter
-    return Adapter(adapter.spec, {n: layer.to(dtype) for n, layer in adapter.layers.items()})
+def _rounded(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter as it will be read again. Raises MergeError when it is beyond the type."""
+    saved = Adapter(adapter.spec, {n: layer.to(dtype) for n, layer in adapter.layers.items()})
+    if not saved.is_finite():
+        raise MergeError(f"dtype={str(dtype)[6:]}: cannot hold the merged adapter; take another")
+    return saved
 
 
 def _dtype(recipe: Recipe) -> torch.dtype | None:

@@ -25,6 +25,7 @@ from strategies.lines import Lines
 from strategies.registry import create, strategies
 
 Kind = Literal["adapter", "model"]
+_MOST = 10  # the largest strength of any strategy
 _ONE_FOR_ALL = ("rank", "t", "normalize", "lambda", "strength")  # of the merge, not of an input
 
 
@@ -59,6 +60,7 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
     rank = _rank(parameters.pop("rank", None), kind, recipe)
     weights = _weights(recipe, how, inputs, parameters)
     strategy, shares, signs = _strategy(recipe.merge_method, how, weights, parameters)
+    require_adapters_suffice(strategy, "merge_method")
     differences = (
         kind == "adapter" or how.on == "differences" or (how.on == "either" and base is not None)
     )
@@ -76,6 +78,22 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
         strategy, tuple(i.model for i in inputs), shares, signs, base, differences, rank,
         tuple(notes),
     )  # fmt: skip
+
+
+def require_adapters_suffice(strategy: Strategy, key: str) -> None:
+    """Return when a merge needs no more than what it merges.
+
+    Raises ConfigError naming the option ``key`` when it needs what is known in rounds only.
+    """
+    wrapped = strategy
+    while isinstance(wrapped, Lines):
+        wrapped = create(wrapped.of, wrapped.parameters)
+    needed = f"{wrapped.statistics} statistics" if wrapped.statistics else "the noise's size"
+    if wrapped.statistics or wrapped.declared.noise:
+        raise ConfigError(
+            f"{key}={strategy.name}: needs {needed} of every hospital ({wrapped.name}), which only "
+            "rounds have; take another"
+        )
 
 
 def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[list[Input], str | None, list[str]]:
@@ -149,6 +167,8 @@ def _weights(
             raise ConfigError(f"parameters.t={t:g}: must lie between 0 and 1; else it is a copy")
         return [1 - t, t]
     if all(w is None for w in given):
+        if recipe.merge_method == "slerp":
+            raise ConfigError("parameters.t: must be given for slerp, or a weight for each model")
         return [1.0] * len(inputs)
     weights = []
     for number, value in enumerate(given):
@@ -185,17 +205,23 @@ def _strategy(
         size = total / sum(weights)
     own = _translated(name, how, parameters)
     if how.linear:
-        strength = size * _number(own.pop("strength", 1.0), "parameters.lambda")
+        strength = size * _factor(own.pop("strength", 1.0), parameters)
         if how.strategy == "product_mean" and abs(strength - 1) < 1e-12 and min(signs) > 0:
             return _created(name, how, "product_mean", own), shares, signs
         own["strength"] = strength / len(weights)
+        if own["strength"] > _MOST:
+            raise ConfigError(
+                f"models: weights times lambda, divided by the weights' sum {sum(weights):g} where "
+                f"normalized, come to {strength:g}, more than {_MOST} for each model; give weights "
+                "that cancel less, or smaller ones"
+            )
         return _created(name, how, "task_arithmetic", own), shares, signs
     if name in MERGEKIT and how.normalize is not None:
-        own["strength"] = size * _number(own.get("strength", 1.0), "parameters.lambda")
-        if own["strength"] > 10:
+        own["strength"] = size * _factor(own.get("strength", 1.0), parameters)
+        if own["strength"] > _MOST:
             raise ConfigError(
-                f"models: weights times lambda come to {own['strength']:g}, more than 10; give "
-                "smaller ones, or normalize: true"
+                f"models: weights times lambda come to {own['strength']:g}, more than {_MOST}; "
+                "give smaller ones, or normalize: true"
             )
         if {**own, **how.fixed}.get("elect", True):
             own["agreeing"] = "mean" if normalize else "sum"
@@ -255,6 +281,17 @@ def _fits_models(name: str, strategy: Strategy, under: str = "parameters") -> No
             f"{under}.scope=model: the entries of a whole model are not held at once; "
             "take scope: layer"
         )
+
+
+def _factor(value: Any, parameters: Mapping[str, Any]) -> float:
+    """Of the whole merge, above 0 and finite, named as the recipe names it."""
+    where = f"parameters.{'strength' if 'strength' in parameters else 'lambda'}"
+    factor = _number(value, where)
+    if factor <= 0:
+        raise ConfigError(
+            f"{where}={factor:g}: must be above 0; to subtract, give negative weights"
+        )
+    return factor
 
 
 def _number(value: Any, where: str) -> float:

@@ -61,13 +61,35 @@ class Recipe(Settings):
         return self.out_dtype or self.dtype
 
 
+class _KeyTwice(yaml.YAMLError):
+    """A mapping gives two values to one key, of which YAML would silently take the last."""
+
+
+class _EveryKeyOnce(yaml.SafeLoader):
+    """Plain YAML, in which no key may be given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise _KeyTwice(f"{key.value} is given twice (line {line}); give it once")
+                seen.add(key.value)
+        return node
+
+
 def read_recipe(file: Path) -> Recipe:
     """The recipe in a YAML file.
 
     Raises ConfigError naming the file, the key, and what to do.
     """
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        # A SafeLoader by another name.
+        raw = yaml.load(file.read_text(encoding="utf-8"), _EveryKeyOnce)
+    except _KeyTwice as problem:
+        raise ConfigError(f"{file}: {problem}") from None
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{file}: no readable file") from None
     except yaml.YAMLError as problem:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from adapters.adapter import Adapter
-from adapters.lowrank import gram
+from adapters.lowrank import LowRank, gram
 from server.offline.adapters import AdapterFolder
 from server.offline.figures import Figures
 from server.offline.models import ModelMerge
@@ -145,10 +145,12 @@ def _layers(plan: Plan, opened: Sequence[AdapterFolder], found: Merge) -> dict[s
 
 
 def _rounding(exact: Adapter, saved: Adapter) -> float:
-    """Relative Frobenius norm of what a type below float32 has lost, over all layers."""
+    """Relative Frobenius norm of what the type that is saved has lost, over all layers."""
     error = size = 0.0
-    stored = saved.deltas()
-    for name, update in exact.deltas().items():
-        error += (update.to(torch.float64) - stored[name].to(torch.float64)).norm() ** 2
+    for name, update in exact.layers.items():
+        kept = saved.layers[name].to(torch.float64)
+        # B A - B' A' by small differences of factors: those of products would cancel.
+        lost = LowRank(update.B - kept.B, update.A) + LowRank(kept.B, update.A - kept.A)
+        error += lost.norm() ** 2
         size += update.norm() ** 2
     return math.sqrt(error / size) if size else 0.0

@@ -26,10 +26,12 @@ def base(tiny_model: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def random_adapter(base: BaseModel) -> Callable[..., Adapter]:
-    """An adapter with random factors: seed, rank and size of B."""
+    """An adapter with random factors: seed, rank, size of B and targets."""
 
-    def make(seed: int, rank: int = 2, size: float = 0.1) -> Adapter:
-        start = lora.initial(base.model, AdapterSpec(rank, 2.0 * rank, TARGETS), seed)
+    def make(
+        seed: int, rank: int = 2, size: float = 0.1, targets: tuple[str, ...] = TARGETS
+    ) -> Adapter:
+        start = lora.initial(base.model, AdapterSpec(rank, 2.0 * rank, targets), seed)
         g = torch.Generator().manual_seed(seed)
         layers = {
             name: LowRank(size * torch.randn(layer.B.shape, generator=g), layer.A)

@@ -17,6 +17,7 @@ from conf.load import ConfigError, load
 from server.experts import command as module
 from server.experts.command import run
 from server.experts.tasks import read_tasks, scores_of
+from strategies.base import MergeError
 from strategies.merging import merge
 from strategies.registry import create
 
@@ -75,6 +76,38 @@ def test_it_is_the_merge_of_the_experts_brought_back(
     found = Adapter.load(tmp_path / "out" / "adapter")
     for name, delta in expected.deltas().items():
         assert (found.deltas()[name] - delta * 0.5).norm() < 1e-6 * delta.norm()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "option", "expected"),
+    [
+        ((8, 8, 4), "rank=null", 20),  # more than the 16 outputs of v_proj
+        ((8, 8, 4), "rank=24", 24),
+        ((16, 16, 16), "rank=null", 32),  # more than the inputs: as many as the update has
+    ],
+)
+def test_a_narrow_layer_does_not_cut_the_rank_of_the_others(
+    make: Make,
+    tmp_path: Path,
+    random_adapter: Callable[..., Adapter],
+    ranks: tuple[int, ...],
+    option: str,
+    expected: int,
+) -> None:
+    folders = [
+        random_adapter(seed, rank, targets=("v_proj", "q_proj")).save(tmp_path / f"{seed}")
+        for seed, rank in enumerate(ranks)
+    ]
+    once = ["strategy=product_mean", "search.evaluations=1", "proportions=[1]"]
+    run(make(*once, f"experts=[{','.join(map(str, folders))}]", option), QUIET)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rank"] == expected
+    assert report["kept_energy"] == pytest.approx(1, abs=1e-9)
+    whole = merge(
+        create("product_mean"), [Adapter.load(f) for f in folders], [1 / 3] * 3, rank="exact"
+    ).adapter.deltas()
+    found = Adapter.load(tmp_path / "out" / "adapter").deltas()
+    assert all((found[name] - whole[name]).norm() < 1e-6 * whole[name].norm() for name in whole)
 
 
 def test_stopped_anywhere_it_goes_on_and_ends_the_same(
@@ -157,12 +190,27 @@ def test_what_cannot_be_merged_is_said_in_one_line(
         ([f"experts=[{experts[0]},{experts[0]}]"], "is named twice"),
         (["search.keep=[gamma]"], "search.keep: gamma is not searched"),
         (["strategy=ties", "strategy.density=2"], "strategy.density=2: input should be less"),
+        (["strategy=regmean"], "strategy=regmean: needs gram statistics of every hospital"),
+        (["strategy=lines", "strategy.of=noise_aware"], r"strategy=lines: needs the noise's size"),
+        (["rank=33"], "rank=33: a layer is only 32 wide"),
         ([f"tasks=[{tmp_path / 'no.jsonl'}]"], "no.jsonl: cannot be read"),
     ):
         with pytest.raises(ConfigError, match=said) as found:
             run(make(*options), QUIET)
         assert "\n" not in str(found.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_cannot_work_fails_before_anything_is_scored(
+    make: Make, tmp_path: Path, experts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(*_: object) -> dict[str, float]:
+        raise AssertionError("scored in vain")
+
+    monkeypatch.setattr(module, "scores_of", scored)
+    with pytest.raises(MergeError, match="rank"):  # of the experts differ
+        run(make("strategy=fedavg"), QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_scored(

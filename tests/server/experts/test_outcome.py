@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from server.experts.outcome import Outcome, outcome, outcome_table
 
@@ -55,3 +58,10 @@ def test_the_table_has_a_row_for_each_model() -> None:
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["base", "merged"]
     assert cells[-2] == ["", "1 of 2"]
+
+
+def test_the_table_shows_the_spread_of_even_gains() -> None:
+    base, merged = {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.05}
+    shown = Console(record=True, width=100, quiet=False, file=io.StringIO())
+    shown.print(outcome_table("", {"base": base, "merged": merged}, "base"))
+    assert "0.03" in shown.export_text()

@@ -112,9 +112,9 @@ def test_a_merge_that_fails_is_recorded_and_passed_over(space: Space, tmp_path: 
 
 def test_nothing_that_can_be_merged_is_said_to_be_so(space: Space, tmp_path: Path) -> None:
     def evaluate(candidate: Candidate) -> dict[str, float]:
-        raise MergeError("no")
+        raise MergeError("it is odd")
 
-    with pytest.raises(ConfigError, match=r"strategy=ties: no candidate could be merged"):
+    with pytest.raises(ConfigError, match=r"ties: no candidate could be merged; it is odd"):
         found_in(space, tmp_path / "log.jsonl", 5, evaluate=evaluate)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from adapters import lora
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import LowRank
 from conf.experts import TransferCommand
 from conf.load import ConfigError, load
 from server.experts.transfer_command import run
@@ -156,6 +157,68 @@ def test_rows_that_only_the_tuned_model_has_are_left_out(
     own = weights(target)
     assert all(w.shape == own[name].shape for name, w in weights(tmp_path / "out").items())
     assert record["token_rows"]["left_out"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_spare_rows_do_not_hide_that_tokens_differ(
+    move: Move, tmp_path: Path, tiny_model: Path, tied: bool
+) -> None:
+    """Three checkpoints with equally many rows, whose last ones mean different tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    known = len(tokenizer)
+    folders = {}
+    for seed, (name, added) in enumerate(
+        {"old": [], "old2": ["<x>", "<y>"], "new": ["<q>"]}.items()
+    ):
+        model = make_llama(known + 4, tied=tied)
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.01 * torch.randn(weight.shape, generator=g)
+        folders[name] = tmp_path / name
+        model.save_pretrained(folders[name])
+        extended = AutoTokenizer.from_pretrained(tiny_model)
+        extended.add_tokens(added)
+        extended.save_pretrained(folders[name])
+    record = move(base=folders["old"], tuned=folders["old2"], target=folders["new"])
+    old, _, own, found = (weights(folder) for folder in (*folders.values(), tmp_path / "out"))
+    names = [EMBEDDING] if tied else [EMBEDDING, "lm_head.weight"]
+    for name in names:
+        assert found[name][known:].equal(own[name][known:])
+        assert (found[name] != own[name]).any(1).sum() == known
+    assert record["token_rows"] == {"moved": known, "kept": 4, "left_out": 4}
+    apart = whole = 0.0
+    for name, weight in old.items():
+        rows = slice(known if name in names else None)
+        apart += float((own[name][rows].double() - weight[rows].double()).square().sum())
+        whole += float(weight[rows].double().square().sum())
+    measured = record["base_to_target"]
+    assert isinstance(measured, dict)
+    assert measured["relative_norm"] == pytest.approx((apart / whole) ** 0.5)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_an_adapter_leaves_tokens_alone_that_are_not_shared(
+    move: Move, tmp_path: Path, tiny_model: Path, head: bool
+) -> None:
+    known = len(AutoTokenizer.from_pretrained(tiny_model))
+    for name, added in (("old", []), ("new", ["<q>"])):
+        make_llama(known + 4, tied=not head).save_pretrained(tmp_path / name)
+        extended = AutoTokenizer.from_pretrained(tiny_model)
+        extended.add_tokens(added)
+        extended.save_pretrained(tmp_path / name)
+    layer = "lm_head" if head else "model.layers.0.self_attn.q_proj"
+    shape = AutoModelForCausalLM.from_pretrained(tmp_path / "old").get_submodule(layer).weight.shape
+    factors = LowRank(torch.ones(shape[0], 2), torch.ones(2, shape[1]))
+    spec = AdapterSpec(2, 2.0, (layer.rpartition(".")[2],))
+    Adapter(spec, {layer: factors}).save(tmp_path / "adapter")
+    record = move(adapter=tmp_path / "adapter", base=tmp_path / "old", target=tmp_path / "new")
+    changed = Adapter.load(tmp_path / "out").layers[layer].dense().any(1).sum()
+    assert changed == (known if head else shape[0])
+    moved = known if head else 0
+    assert record["token_rows"] == {
+        "moved": moved, "kept": known + 4 - moved, "left_out": 4 if head else 0,
+    }  # fmt: skip
 
 
 def test_other_tokens_under_the_same_numbers_are_refused(

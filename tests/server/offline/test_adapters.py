@@ -166,16 +166,35 @@ def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path: Path, call: Call) 
     assert torch.allclose(logits(tmp_path / "out", None), logits(tmp_path / "base", one), atol=1e-5)
 
 
-def test_half_precision_is_rounded_once_and_reported(
-    adapters: list[Path], tmp_path: Path, call: Call
+@pytest.mark.parametrize(
+    ("asked", "dtype", "least", "most"),
+    [({"dtype": "bfloat16"}, torch.bfloat16, 1e-4, 1e-2), ({}, torch.float32, 1e-9, 1e-6)],
+)
+def test_the_result_is_rounded_once_and_its_loss_reported(
+    asked: dict[str, str],
+    dtype: torch.dtype,
+    least: float,
+    most: float,
+    adapters: list[Path],
+    tmp_path: Path,
+    call: Call,
 ) -> None:
-    assert call(merge_method="linear", models=adapters, dtype="bfloat16") == 0
+    assert call(merge_method="linear", models=adapters, **asked) == 0
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert {t.dtype for t in stored.values()} == {dtype}
     off = gap(dense(tmp_path / "out"), expected(adapters, [1 / 3] * 3))
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["figures"]["rounding"] == pytest.approx(off, rel=1e-3)
-    assert 1e-4 < off < 1e-2
+    assert least < off < most
+
+
+def test_a_type_that_cannot_hold_the_result_is_refused(
+    tiny_model: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = lora(tiny_model, tmp_path / "large", 1, lora_alpha=10**12)
+    assert call(merge_method="linear", models=[large], dtype="float16") == 1
+    assert "dtype=float16: cannot hold the merged adapter; take another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_in_half_precision_are_scaled_in_float64(

@@ -51,6 +51,13 @@ def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
     ("recipe", "expected"),
     [
         ({"merge_method": "tise"}, "merge_method=tise: choose one of breadcrumbs, "),
+        ({"merge_method": "regmean"}, "merge_method=regmean: needs gram statistics of every hosp"),
+        ({"merge_method": "fisher"}, "merge_method=fisher: needs fisher statistics of every"),
+        ({"merge_method": "noise_aware"}, "merge_method=noise_aware: needs the noise's size of"),
+        (
+            {"merge_method": "lines", "parameters": {"of": "fisher"}},
+            "merge_method=lines: needs fisher statistics of every hospital (fisher), which only",
+        ),
         ({"merge_method": "sce"}, "merge_method=sce is not supported (ties is nearest to it): cho"),
         (LINEAR | {"slices": []}, "slices is not supported: layers cannot be taken from"),
         (LINEAR | {"modles": []}, "unknown key modles; there are: merge_method, models, "),
@@ -99,10 +106,24 @@ def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
             {"merge_method": "dare_ties", "parameters": {"density": 0.5, "weight": 9}},
             "models: weights times lambda come to 18, more than 10; give smaller ones, or norma",
         ),
+        (TIES | {"parameters": {"density": 0.5, "lambda": 0}}, "parameters.lambda=0: must be ab"),
+        (
+            TIES | {"parameters": {"density": 0.5, "strength": -1}},
+            "parameters.strength=-1: must be above 0; to subtract, give negative weights",
+        ),
+        (
+            {"merge_method": "task_arithmetic", "parameters": {"lambda": 0}},
+            "parameters.lambda=0: must be above 0",
+        ),
+        (
+            {"merge_method": "task_arithmetic", "parameters": {"lambda": 30}},
+            "models: weights times lambda",
+        ),
         (
             {"merge_method": "slerp", "parameters": {"t": 1}},
             "parameters.t=1: must lie between 0 and 1; else it is a copy",
         ),
+        ({"merge_method": "slerp"}, "parameters.t: must be given for slerp, or a weight for each"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused_by_key(
@@ -140,6 +161,16 @@ def test_parameters_of_one_model_are_followed_or_refused(
     listed = dict(zip(adapters, own, strict=False))
     assert call(**TIES, models=listed) == 2
     assert said(capsys).removeprefix(f"{tmp_path / 'recipe.yaml'}: ").startswith(expected)
+
+
+def test_weights_that_nearly_cancel_are_refused_in_the_recipes_words(
+    adapters: list[Path], call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {adapters[0]: {"weight": 1}, adapters[1]: {"weight": -0.995}}
+    assert call(**LINEAR, models=listed) == 2
+    found = said(capsys)
+    assert "models: weights times lambda, divided by the weights' sum 0.005 where norm" in found
+    assert "strength" not in found
 
 
 def test_density_given_to_each_model_alike_is_the_density(
@@ -326,6 +357,14 @@ def test_both_places_must_be_named(words: list[str], capsys: pytest.CaptureFixtu
     [
         (None, "no readable file"),
         ("a: [", "not valid YAML (line 2)"),
+        (
+            "merge_method: ties\nmerge_method: dare",
+            "merge_method is given twice (line 2); give it once",
+        ),
+        (
+            "parameters: {density: 0.5,\n  density: 1}",
+            "density is given twice (line 2); give it once",
+        ),
         ("just words", "says no merge_method and models; see docs/offline-merging.md"),
     ],
 )
