@@ -93,8 +93,7 @@ def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> Me
     if plan.rank is not None and plan.rank > narrowest:
         raise MergeError(f"parameters.rank={plan.rank}: a layer is only {narrowest} wide")
     draw = Draw(f"merge:{seed}")
-    rank = plan.rank or "exact"
-    found = merge(plan.strategy, turned, plan.weights, draw, rank, torch.float64)
+    found = merge(plan.strategy, turned, plan.weights, draw, plan.rank or "exact", torch.float64)
     return replace(found, adapter=_named(found.adapter, opened))
 
 
