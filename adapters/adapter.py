@@ -177,6 +177,8 @@ class Adapter:
         FileNotFoundError when a file is absent.
         """
         config = json.loads((folder / "adapter_config.json").read_text())
+        if (kind := config.get("peft_type", "LORA")) != "LORA":
+            raise ValueError(f"{folder}: is {kind}, and only LoRA is merged")
         for key in (
             "use_dora",
             "lora_bias",

@@ -284,7 +284,7 @@ def _fits_models(name: str, strategy: Strategy, under: str = "parameters") -> No
 
 
 def _factor(value: Any, parameters: Mapping[str, Any]) -> float:
-    """Of the whole merge, above 0 and finite, named as the recipe names it."""
+    """Above 0 and finite, named as the recipe names it."""
     where = f"parameters.{'strength' if 'strength' in parameters else 'lambda'}"
     factor = _number(value, where)
     if factor <= 0:

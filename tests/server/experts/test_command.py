@@ -184,7 +184,11 @@ def test_what_cannot_be_merged_is_said_in_one_line(
     Adapter.load(experts[0]).save(other)
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    scaled = tmp_path / "scaled"
+    Adapter.load(experts[0]).save(scaled)
+    (scaled / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
     for options, said in (
+        ([f"experts=[{scaled}]"], "is IA3, and only LoRA is merged"),
         ([f"experts=[{tmp_path}]"], "experts=.*not a LoRA folder"),
         ([f"experts=[{other}]"], "use_dora is not supported"),
         ([f"experts=[{experts[0]},{experts[0]}]"], "is named twice"),
