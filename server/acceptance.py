@@ -112,9 +112,10 @@ def node_name(node_id: int) -> str:
 
 def _is_noise(stated: object) -> bool:
     """Every private round states it; merges may weigh by it, and the release tells of it."""
+    if isinstance(stated, bool) or not isinstance(stated, int | float):
+        return False
     least, most = _NOISE
-    number = isinstance(stated, int | float) and not isinstance(stated, bool)
-    return number and least <= stated <= most
+    return least <= stated <= most
 
 
 def _plain(facts: object) -> bool:
