@@ -112,9 +112,9 @@ def node_name(node_id: int) -> str:
 
 def _is_noise(stated: object) -> bool:
     """Every private round states it; merges may weigh by it, and the release tells of it."""
-    least, most = _NOISE
     if isinstance(stated, bool) or not isinstance(stated, int | float):
         return False
+    least, most = _NOISE
     return least <= stated <= most
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from adapters import lora
@@ -22,7 +21,6 @@ from client.notes.split import split_units
 from client.privacy.accountant import GaussianSteps
 from client.privacy.authorise import require_model
 from client.privacy.ledger import Ledger
-from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SecureRandomness
 from client.refusal import Reason, Refusal
 from client.training import train_round, training_units
@@ -132,71 +130,6 @@ def test_two_private_results_differ_by_exactly_the_noise_that_was_charged(
     assert n > 2500
     assert float(difference.std()) == pytest.approx(expected, rel=5 / (2 * n) ** 0.5)
     assert abs(float(difference.mean())) < 5 * expected / n**0.5
-
-
-def test_a_plan_that_does_not_fit_into_memory_is_refused_before_anything_is_sampled(
-    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def short(*_: object) -> None:
-        raise RuntimeError("not enough memory: you tried to allocate 9 GB")
-
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "rehearse", short)
-    own = policy()
-    with pytest.raises(Refusal) as refusal:
-        train_round(plan(), starting_point[0], own)
-    assert refusal.value.reason is Reason.LIMIT_EXCEEDED
-    with ledger_of(own) as ledger:
-        assert ledger.history() == ()
-
-
-@pytest.mark.parametrize("shared", ["losses", "scores"])
-@pytest.mark.parametrize("mode", ["noised", "public"])
-def test_a_loss_that_does_not_fit_into_memory_is_refused_before_anything_is_sampled(
-    shared: str,
-    mode: str,
-    policy: MakePolicy,
-    plan: MakePlan,
-    starting_point: Start,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen = []
-
-    def short(_: object, units: list[list[list[int]]]) -> None:
-        seen.append([[len(row) for row in unit] for unit in units])
-        raise RuntimeError("not enough memory: you tried to allocate 9 GB")
-
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "unit_losses", short)
-    own = policy()
-    train_round(plan(run="other"), starting_point[0], own)  # shares no loss
-    own = policy(share={shared: mode})
-    asked = plan(privacy={"max_notes_per_unit": 3, "max_tokens": 40})
-    with pytest.raises(Refusal) as refusal:
-        train_round(asked, starting_point[0], own)
-    assert refusal.value.reason is Reason.LIMIT_EXCEEDED
-    assert seen == [[[40, 40, 40]]]
-    with ledger_of(own) as ledger:
-        assert len(ledger.history()) == 1  # the other run's
-
-
-def test_every_half_of_the_layers_is_rehearsed_once(
-    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    halves: list[frozenset[str]] = []
-
-    def note(model: PeftModel, *_: object) -> None:
-        halves.append(frozenset(trained_parameters(model)))
-
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "rehearse", note)
-    own, rounds = policy(), range(1, 7)
-    for number in rounds:
-        asked = plan(round=number, rounds=6, local_steps=1, adapter={"freeze_half": True})
-        train_round(asked, starting_point[0], own)
-    chosen = {plan(round=n, rounds=6, adapter={"freeze_half": True}).trained_layers(
-        starting_point[0].layers) for n in rounds}  # fmt: skip
-    assert len(halves) == len(set(halves)) == len(chosen) > 1
 
 
 def test_a_window_that_is_padded_beyond_what_the_model_reads_is_refused(

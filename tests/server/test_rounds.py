@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
 import pytest
 import torch
 import yaml
 from flwr.app import ArrayRecord, Error, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    validate_object_content,
-)
 from safetensors.torch import load_file
 
 from adapters import lora
@@ -324,49 +318,6 @@ def test_a_hospital_that_lies_or_vanishes_is_left_out_and_the_rounds_go_on(
         again = merge(create("ffa"), own, [0.5, 0.5]).adapter
         assert again.fingerprint() == Adapter.load(folder.adapter_folder(number)).fingerprint()
     assert f"round 1: east left out: {reason}" in caplog.text
-
-
-@pytest.mark.parametrize("node", [11, 12])
-def test_bytes_that_flower_takes_and_cannot_decode_cost_only_their_sender(
-    node: int,
-    local_grid: Grids,
-    honest: dict[int, Answer],
-    settings: Settings,
-    folder: RunFolder,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    body = b"\xff" * 4
-    rubbish = b"ConfigRecord  %d\x00%b" % (len(body), body)
-    validate_object_content(rubbish)  # all that the SuperLink looks at
-    pull = local_grid.pull_messages
-
-    def pull_and_decode(grid: LocalGrid, ids: Iterable[str]) -> Iterable[Message]:
-        replies = list(pull(grid, ids))  # they do not come again
-        if any(grid.asked[int(i.partition("-")[2])][1] == node for i in ids):
-            name = hashlib.sha256(rubbish).hexdigest()
-            inflate_object_from_contents(name, {name: rubbish})
-        return replies
-
-    monkeypatch.setattr(local_grid, "pull_messages", pull_and_decode)
-    go(local_grid(honest, KEYS), settings(), folder)
-    for record in folder.finished_rounds():
-        assert record["left_out"] == {KEYS[node]: "malformed reply"}
-        assert set(record["hospitals"]) == set(SITES) - {KEYS[node]}
-
-
-def test_a_connection_that_fails_is_nobodys_reply(
-    local_grid: Grids,
-    honest: dict[int, Answer],
-    settings: Settings,
-    folder: RunFolder,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(*_: object) -> Iterable[Message]:
-        raise httpx.ReadError("connection reset")
-
-    monkeypatch.setattr(local_grid, "pull_messages", broken)
-    with pytest.raises(httpx.ReadError):
-        go(local_grid(honest), settings(), folder)
 
 
 def test_a_site_that_refuses_by_its_own_policy_is_left_out(
