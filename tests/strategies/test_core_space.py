@@ -63,3 +63,19 @@ def test_moving_scale_from_one_factor_to_the_other_changes_nothing(name: str) ->
     layer = own[0].layers["q"]
     scaled = [Adapter(own[0].spec, {"q": LowRank(layer.B * 1e3, layer.A / 1e3)}), *own[1:]]
     assert gap(merged(name, scaled), merged(name, own)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c"])
+def test_a_direction_that_cancels_or_is_missing_is_not_made_up_from_rounding(name: str) -> None:
+    """One hospital undoes the other's third direction (iso_c), or has one only (tsv_m)."""
+
+    def made(seed: int) -> list[Adapter]:
+        first, second = near(1, 5, 1.0)[0], near(1, 6, 1.0)[0]
+        B, other, A = first.layers["q"].B, second.layers["q"].B, first.layers["q"].A
+        g = torch.Generator().manual_seed(seed)
+        rounding = torch.randn(20, 2, generator=g, dtype=torch.float64) * 1e-8
+        undone = torch.cat([other[:, :2], -B[:, 2:] + rounding[:, :1]], 1)
+        pair = [B, undone] if name == "iso_c" else [torch.cat([B[:, :1], rounding], 1), other]
+        return [Adapter(first.spec, {"q": LowRank(own, A)}) for own in pair]
+
+    assert gap(merged(name, made(1)), merged(name, made(2))) < 1e-6
