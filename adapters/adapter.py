@@ -25,6 +25,7 @@ from adapters.lowrank import LowRank, stack
 from conf.schema import AdapterSettings, Layers
 
 _PREFIX = "base_model.model."
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # of PEFT's, those that leave W0 as it is
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,9 @@ class Adapter:
         """Read a PEFT LoRA folder.
 
         The scale of an rsLoRA adapter is folded into alpha. Raises ValueError for what the algebra
-        cannot represent: DoRA, LoRA bias, rank patterns or modules saved beside the factors; also
-        for a file that is cut or no safetensors.
+        cannot represent: DoRA, LoRA bias, rank patterns, copied layers, modules saved beside the
+        factors, or a start (PiSSA and the like) that changes the base weights; also for a file that
+        is cut or no safetensors.
         FileNotFoundError when a file is absent.
         """
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -185,9 +187,17 @@ class Adapter:
             "rank_pattern",
             "alpha_pattern",
             "modules_to_save",
+            "layer_replication",
         ):
             if config.get(key):
                 raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower() not in _STARTS:
+            raise ValueError(
+                f"{folder}: init_lora_weights={start} changes the base model's weights on loading, "
+                "so its factors are no update of them; have PEFT save it with "
+                "path_initial_model_for_weight_conversion, or merge it into whole models"
+            )
         targets = config["target_modules"]
         names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
         alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)

@@ -91,10 +91,15 @@ class MergeStrategy(FedAvg):
                 f"strategy={made.name}: needs {made.statistics} statistics, which plain Flower "
                 "messages do not carry; use `wardround server`, or another strategy"
             )
-        if made.declared.noise:
+        if made.needs_noise:
             raise ConfigError(
                 f"strategy={made.name}: needs to know every hospital's noise, which plain Flower "
                 "messages do not state; use `wardround server`, or another strategy"
+            )
+        if weighted_by_key and not made.weighted:
+            raise ConfigError(
+                f"weighted_by_key={weighted_by_key}: strategy={made.name} counts all hospitals "
+                "alike; leave it out, or take another strategy"
             )
         self.strategy: Strategy = made
         self.alpha = alpha

@@ -33,7 +33,8 @@ class Declaration:
     bases that all updates share; "entries" the dense updates, which costs memory, and energy when
     the result is factorised again.
     ``exact``: the result is the weighted mean of the products, wherever it fits into the rank.
-    ``sums``: it needs only weighted sums over hospitals, so it works under secure aggregation.
+    ``sums``: it needs only weighted sums over hospitals of the factors that travel, so it works
+    under secure aggregation. Products are no such sums.
     ``streams``: its memory does not grow with the number of hospitals, whose adapters it takes one
     at a time.
     ``keeps``: what of one hospital, of equal hospitals, of a common scale comes out unchanged:
@@ -42,6 +43,7 @@ class Declaration:
     ``trains``: settings of ``adapter.train`` under which what was frozen stays what it was.
     ``statistics``: what it needs from hospitals beside adapters; it costs them privacy budget.
     ``noise``: it needs ``Draw.noise``, which rounds of plain SGD know.
+    ``weighted``: weights have an effect; where not, only equal ones are accepted.
     ``paper``: where it comes from.
     """
 
@@ -54,6 +56,7 @@ class Declaration:
     trains: tuple[TrainedFactors, ...] = EVERY_PART
     statistics: Statistic | None = None
     noise: bool = False
+    weighted: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,16 @@ class Strategy(Settings):
     def statistics(self) -> Statistic | None:
         """What hospitals must measure for it."""
         return self.declared.statistics
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether it needs ``Draw.noise``."""
+        return self.declared.noise
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights have an effect."""
+        return self.declared.weighted
 
     @abstractmethod
     def combine(

@@ -1,12 +1,14 @@
 """The core that all updates of a layer share (Core Space, arXiv 2509.17786), and merges inside it.
 
-With U an orthonormal basis of all columns of the B_k and V one of all rows of the A_k,
-dW_k = U M_k V exactly, M_k being R x R at most (R the sum of ranks). Whatever is done to the M_k,
+With U an orthonormal basis of the columns of all dW_k and V one of their rows, dW_k = U M_k V, M_k
+being R x R at most (R the sum of ranks). Nothing is left out but directions of less than a
+millionth of the largest: these are rounding, or what nobody has. Whatever is done to the M_k,
 the result stays within what the hospitals span, and no dense update is ever formed. Spectral merges
 in the full space do not: there they pick up directions that no hospital has.
 
-Bases come from the SVD of the stacked factors with fixed signs: merges by entries of the core
-(TIES) depend on the basis, so it must be the same each time.
+Merges by entries of the core (TIES) depend on the basis, so it must follow from the products alone,
+however they are factorised: U and V are the eigenvectors of sum_k dW_k dW_k^T and of
+sum_k dW_k^T dW_k, with fixed signs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Declaration, Draw, Strategy, Update, deltas
 from strategies.entries import elected, fused, trimmed
 
-_NOTHING = 1e-12  # singular value, relative to the largest, of a direction that nobody has
+_NOTHING = 1e-6  # singular value, relative to the largest, of a direction that nobody has
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +52,10 @@ def core_of(parts: Sequence[LowRank]) -> Core:
         m, n = parts[0].shape
         whole = [part.dense() for part in parts]
         return Core(torch.eye(m, dtype=whole[0].dtype), whole, torch.eye(n, dtype=whole[0].dtype))
-    columns = torch.cat([part.B for part in parts], 1)
-    rows = torch.cat([part.A for part in parts])
+    right = [torch.linalg.qr(part.A.T).R for part in parts]
+    left = [torch.linalg.qr(part.B).R for part in parts]
+    columns = torch.cat([part.B @ R.T for part, R in zip(parts, right, strict=True)], 1)  # dW Q_A
+    rows = torch.cat([R @ part.A for part, R in zip(parts, left, strict=True)])  # Q_B^T dW
     U, V = _basis(columns), _basis(rows.T).T
     return Core(U, [(U.T @ part.B) @ (part.A @ V.T) for part in parts], V)
 
@@ -59,9 +63,17 @@ def core_of(parts: Sequence[LowRank]) -> Core:
 def _basis(columns: Tensor) -> Tensor:
     """Orthonormal basis of the span of ``columns``, in the order of its singular values."""
     found = svd(LowRank(columns, torch.eye(columns.shape[1], dtype=columns.dtype)))
-    real = _NOTHING * found.S.max().clamp(min=1e-300) < found.S
+    real = _real(found.S)
     real[0] = True  # of nothing at all, one direction
     return found.U[:, real]
+
+
+def _real(S: Tensor) -> Tensor:
+    """Which singular values belong to a direction that somebody has; vectors of others are chance.
+
+    Rules that give all directions the same size would blow up what rounding has left of them.
+    """
+    return _NOTHING * S.max().clamp(min=1e-300) < S
 
 
 class InCore(Strategy):
@@ -113,15 +125,18 @@ class IsoC(InCore):
     def merge_cores(self, cores: list[Tensor], weights: list[float]) -> Tensor:
         """See ``InCore.merge_cores``."""
         U, S, Vh = torch.linalg.svd(fused(cores, weights, None), full_matrices=False)
-        return self.strength * S.mean() * U @ Vh
+        real = _real(S)
+        size = S[real].sum() / max(1, int(real.sum()))
+        return self.strength * size * U[:, real] @ Vh[real]
 
 
 class TsvM(InCore):
     """TSV-M (arXiv 2412.00081): the leading singular vectors of every hospital, made orthogonal.
 
     Each hospital keeps the leading R / K components of its core; all left vectors together are
-    replaced by the nearest orthogonal ones (Procrustes), the right ones likewise. The sum is
-    divided by K, so that equal hospitals of full core rank merge to about themselves.
+    replaced by the nearest orthogonal ones (Procrustes), the right ones likewise, and their sum is
+    weighted. What hospitals share counts once, not K times: K equal ones merge to 1/K of their
+    leading R / K components.
     """
 
     name: ClassVar[str] = "tsv_m"
@@ -133,8 +148,8 @@ class TsvM(InCore):
         """See ``InCore.merge_cores``."""
         count = -(-min(cores[0].shape) // len(cores))
         parts = [torch.linalg.svd(core, full_matrices=False) for core in cores]
-        left = torch.cat([U[:, :count] for U, _, _ in parts], 1)
-        right = torch.cat([Vh[:count] for _, _, Vh in parts])
+        left = torch.cat([(U * _real(S))[:, :count] for U, S, _ in parts], 1)
+        right = torch.cat([(_real(S)[:, None] * Vh)[:count] for _, S, Vh in parts])
         values = torch.cat([w * S[:count] for (_, S, _), w in zip(parts, weights, strict=True)])
         return _nearest_orthogonal(left) * values @ _nearest_orthogonal(right.T).T
 
@@ -169,5 +184,6 @@ class Knots(Strategy):
 
 
 def _nearest_orthogonal(columns: Tensor) -> Tensor:
-    U, _, Vh = torch.linalg.svd(columns, full_matrices=False)
-    return U @ Vh
+    """Nearest with orthonormal columns, or rows; on the span of ``columns`` only."""
+    U, S, Vh = torch.linalg.svd(columns, full_matrices=False)
+    return U[:, _real(S)] @ Vh[_real(S)]

@@ -27,12 +27,22 @@ class Krum(FromInnerProducts):
     liars: Annotated[int, Field(ge=0)] = 1
     chosen: Annotated[int, Field(ge=1)] | None = None  # None: all but the liars
 
+    @property
+    def weighted(self) -> bool:
+        """One that is chosen alone has no weight beside others."""
+        return self.chosen != 1
+
     def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
         """See ``FromInnerProducts.coefficients``. Raises MergeError with too few hospitals."""
         k = len(weights)
         if k <= 2 * self.liars + 2:
             raise MergeError(
                 f"krum with liars={self.liars} needs at least {2 * self.liars + 3} hospitals"
+            )
+        if self.chosen is not None and self.chosen > k - self.liars:
+            raise MergeError(
+                f"krum with chosen={self.chosen}: of {k} hospitals, {self.liars} of whom may lie, "
+                f"at most {k - self.liars} can be chosen"
             )
         size = products.diagonal()
         squared = (size[:, None] + size[None, :] - 2 * products).clamp(min=0)

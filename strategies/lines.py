@@ -36,19 +36,31 @@ class Lines(Strategy):
     @property
     def statistics(self) -> Statistic | None:
         """What the wrapped strategy needs."""
-        from strategies.registry import create  # which knows this class too
+        return self._wrapped.statistics
 
-        return create(self.of, self.parameters).statistics
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the wrapped strategy does."""
+        return self._wrapped.needs_noise
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights have an effect on the wrapped strategy."""
+        return self._wrapped.weighted
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``."""
-        from strategies.registry import create  # which knows this class too
-
-        merged = create(self.of, self.parameters).combine(adapters, weights, draw)
+        merged = self._wrapped.combine(adapters, weights, draw)
         factors = self.factors(merged)
         return {name: update * factors[name] for name, update in merged.items()}
+
+    @property
+    def _wrapped(self) -> Strategy:
+        from strategies.registry import create  # which knows this class too
+
+        return create(self.of, self.parameters)
 
     def factors(self, layers: Iterable[str]) -> dict[str, float]:
         """By what each of all layers of a model is scaled."""

@@ -1,7 +1,8 @@
 """Coordinate-wise median and trimmed mean (arXiv 1803.01498) of the dense updates.
 
 Up to the trimmed share of hospitals may send anything at all, and every entry of the result still
-lies within the range of the others'. Hospitals count equally: a weight would be a way to lie.
+lies within the range of the others'. Hospitals count equally: a weight would be a way to lie, so
+unequal ones are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Median(Strategy):
     """Median of every entry; of an even number of hospitals, the mean of the middle two."""
 
     name: ClassVar[str] = "median"
-    declared: ClassVar = Declaration(space="entries", paper="arXiv 1803.01498")
+    declared: ClassVar = Declaration(space="entries", paper="arXiv 1803.01498", weighted=False)
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
@@ -37,7 +38,10 @@ class TrimmedMean(Strategy):
 
     name: ClassVar[str] = "trimmed_mean"
     declared: ClassVar = Declaration(
-        space="entries", paper="arXiv 1803.01498", keeps=frozenset({"equal", "scale", "gauge"})
+        space="entries",
+        paper="arXiv 1803.01498",
+        keeps=frozenset({"equal", "scale", "gauge"}),
+        weighted=False,
     )
     liars: Annotated[int, Field(ge=1)] = 1  # hospitals that may send anything
 

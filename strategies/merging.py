@@ -51,16 +51,18 @@ def merge(
 ) -> Merge:
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
-    ``weights`` are positive, public and sum to one; ``rank`` None takes the first adapter's, and
-    "exact" the rank that the merged update has, so that nothing is lost; ``dtype`` is that of the
-    merged factors, computed in float64. ``adapters`` are gone through one at a time, more than
-    once, and may be loaded each time.
-    Raises MergeError when the adapters do not fit each other or the strategy.
+    ``weights`` are positive, public and sum to one, and equal where the strategy would ignore
+    them; ``rank`` None takes the first adapter's, and "exact" the rank that the merged update has,
+    so that nothing is lost; ``dtype`` is that of the merged factors, computed in float64.
+    ``adapters`` are gone through one at a time, more than once, and may be loaded each time. Raises
+    MergeError when the adapters do not fit each other or the strategy.
     """
     if not adapters:
         raise MergeError("no adapter to merge")
     if len(weights) != len(adapters) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
         raise MergeError("weights must be positive, one for each adapter, and sum to one")
+    if not strategy.weighted and max(weights) - min(weights) > 1e-9:
+        raise MergeError(f"{strategy.name} counts all adapters alike; weights must be equal")
     figures = Figures(adapters, weights)
     combined = dict(strategy.combine(adapters, weights, draw or Draw()))
     if rank == "exact":

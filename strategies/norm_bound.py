@@ -1,7 +1,8 @@
 """Norm bounding (Sun et al., arXiv 1911.07963): no hospital's update counts for more than a bound.
 
-The bound is a multiple of the median norm, so that it needs no knowledge of scale. What is longer
-is shortened to it; then the mean is taken. One hospital that lies moves the mean by a bounded step.
+The bound is a multiple of the median norm, so that it needs no knowledge of scale; hospitals that
+learned nothing have no say in it. What is longer is shortened to it; then the mean is taken. One
+hospital that lies moves the mean by a bounded step, from three on.
 """
 
 from __future__ import annotations
@@ -26,5 +27,7 @@ class NormBound(FromInnerProducts):
     def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
         """See ``FromInnerProducts.coefficients``."""
         size = norms(products)
-        bound = self.multiple * size.median()
+        if not size.any():
+            return weights
+        bound = self.multiple * size[size > 0].quantile(0.5)  # of two, their mean
         return weights * torch.where(size > bound, bound / size.clamp(min=1e-300), 1.0)

@@ -80,7 +80,7 @@ def require_strategy(settings: TrainingSettings) -> None:
             "release only noised and charged to a privacy budget; take privacy=patient_eps8, or "
             "another strategy"
         )
-    if strategy.declared.noise and settings.optimizer.name != "sgd":
+    if strategy.needs_noise and settings.optimizer.name != "sgd":
         raise ConfigError(
             f"strategy={chosen.name}: the noise of an adapter is known under plain SGD only; take "
             "optimizer=sgd, or another strategy"

@@ -41,7 +41,11 @@ class RegMean(Strategy):
 
     name: ClassVar[str] = "regmean"
     declared: ClassVar = Declaration(
-        space="factors", paper="arXiv 2212.09849", trains=("B", "core"), statistics="gram"
+        space="factors",
+        paper="arXiv 2212.09849",
+        keeps=frozenset({"one", "equal", "scale"}),  # the ridge is on the scale of A
+        trains=("B", "core"),
+        statistics="gram",
     )
     ridge: Annotated[float, Field(ge=0, le=1000)] = 1.0  # times the mean eigenvalue of T
 

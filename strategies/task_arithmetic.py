@@ -22,7 +22,6 @@ class TaskArithmetic(Streaming):
     declared: ClassVar = Declaration(
         space="gram",
         paper="arXiv 2212.04089",
-        sums=True,
         streams=True,
         keeps=frozenset({"scale", "gauge"}),
     )

@@ -89,16 +89,17 @@ class Space:
     def of(cls, strategy: Strategy, experts: int, keep: Collection[str] = ()) -> Space:
         """All that can be searched but the parameters in ``keep``.
 
-        ``keep`` may name ``weights``. Raises ConfigError where it names what is not searched.
+        ``keep`` may name ``weights``, which are searched where they have an effect. Raises
+        ConfigError where it names what is not searched.
         """
         found = parameters_of(strategy)
-        known = {d.name for d in found} | {"weights"}
+        known = {d.name for d in found} | ({"weights"} if strategy.weighted else set())
         if unknown := sorted(set(keep) - known):
             raise ConfigError(
                 f"search.keep: {unknown[0]} is not searched; choose of {', '.join(sorted(known))}"
             )
         weights = []
-        if experts > 1 and "weights" not in keep:
+        if experts > 1 and strategy.weighted and "weights" not in keep:
             weights = [Dimension(f"weight {k}", _LIGHTEST, 1.0) for k in range(experts)]
         return cls(strategy, experts, (*weights, *(dim for dim in found if dim.name not in keep)))
 

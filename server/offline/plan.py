@@ -61,6 +61,11 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
     weights = _weights(recipe, how, inputs, parameters)
     strategy, shares, signs = _strategy(recipe.merge_method, how, weights, parameters)
     require_adapters_suffice(strategy, "merge_method")
+    if not strategy.weighted and max(shares) - min(shares) > 1e-9:
+        raise ConfigError(
+            f"models: {recipe.merge_method} counts all of them alike; give them the same weight, "
+            "or none"
+        )
     differences = (
         kind == "adapter" or how.on == "differences" or (how.on == "either" and base is not None)
     )

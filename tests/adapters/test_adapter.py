@@ -144,7 +144,13 @@ def test_gpt2_weights_are_transposed_when_folded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"q_proj": 2}}]
+    "option",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"layer_replication": [[0, 1], [0, 1]]},
+    ],
 )
 def test_what_the_algebra_cannot_represent_is_refused(
     tiny_model: Path, tmp_path: Path, option: dict[str, object]
@@ -153,6 +159,42 @@ def test_what_the_algebra_cannot_represent_is_refused(
     get_peft_model(load(tiny_model), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=next(iter(option))):
         Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changes_the_base_on_loading_is_refused(
+    tiny_model: Path, tmp_path: Path, start: str
+) -> None:
+    model = load(tiny_model)
+    name = "model.layers.0.self_attn.q_proj"
+    before = model.get_submodule(name).weight.clone()
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start
+    )
+    live = get_peft_model(model, config)
+    assert not torch.allclose(model.get_submodule(name).base_layer.weight, before)  # why
+    live.save_pretrained(tmp_path / "as_it_is")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        Adapter.load(tmp_path / "as_it_is")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_that_leaves_the_base_as_it_is_is_read(
+    tiny_model: Path, tmp_path: Path, start: bool | str
+) -> None:
+    """Its start decides nothing: PEFT's model is W0 plus the update."""
+    model = load(tiny_model)
+    name = "model.layers.0.self_attn.q_proj"
+    before = model.get_submodule(name).weight.clone()
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start
+    )
+    live = get_peft_model(model, config)
+    assert torch.equal(model.get_submodule(name).base_layer.weight, before)
+    live.save_pretrained(tmp_path)
+    delta = Adapter.load(tmp_path).deltas()[name].dense()
+    whole = live.merge_and_unload().get_submodule(name).weight
+    assert torch.allclose(whole, before + delta, atol=1e-6)
 
 
 @pytest.mark.parametrize("targets", [("nothing",), ("embed_tokens",), ("q_proj", "embed_tokens")])

@@ -295,6 +295,10 @@ def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
         MergeStrategy("ties", {"density": 2})
     with pytest.raises(ConfigError, match="noise_aware: needs to know every hospital's noise"):
         MergeStrategy("noise_aware")
+    with pytest.raises(ConfigError, match="lines: needs to know every hospital's noise"):
+        MergeStrategy("lines", {"of": "noise_aware"})
+    with pytest.raises(ConfigError, match="weighted_by_key=num-examples: strategy=median counts"):
+        MergeStrategy("median", weighted_by_key="num-examples")
     with pytest.raises(ConfigError, match="strategy=lines: needs gram statistics"):
         MergeStrategy("lines", {"of": "regmean"})
     for arrays in ({"conv.weight": torch.ones(2, 2)}, factors(0) | {"head.weight": torch.ones(2)}):

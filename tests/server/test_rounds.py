@@ -143,7 +143,10 @@ def test_fedsvd_learns_what_ffa_learns_for_plain_sgd_does_not_see_the_rotation(
     products = []
     for name in ("ffa", "fedsvd"):
         folder = RunFolder(tmp_path / name)
-        wanted = settings(strategy={"name": name}, federation={"rounds": 3})
+        wanted = settings(
+            strategy={"name": name}, federation={"rounds": 3},
+            optimizer={"name": "sgd", "learning_rate": 1.0},
+        )  # fmt: skip
         merged = go(local_grid(honest), wanted, folder)
         products.append({n: d.to(torch.float64).dense() for n, d in merged.deltas().items()})
     one, other = products

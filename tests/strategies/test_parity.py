@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
-from strategies.base import Draw
+from strategies.base import Draw, MergeError
 from strategies.core_space import core_of
 from strategies.entries import dropped
 from strategies.merging import merge
@@ -288,6 +288,25 @@ def test_krum_leaves_the_liar_out_and_chooses_a_hospital_of_its_own() -> None:
     assert gap(found, ours("product_mean", honest[1:], others)) < 1e-6
     one = ours("krum", honest, [1 / 6] * 6, chosen=1)
     assert min(gap(one, dense(a)) for a in honest) < 1e-6
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_bound_is_the_middle_norm_of_those_that_learned(count: int) -> None:
+    one = hospitals(1)[0]
+    grown = [Adapter(one.spec, {"q": one.layers["q"] * float(k)}) for k in range(1, count + 1)]
+    silent = Adapter(one.spec, {"q": one.layers["q"] * 0.0})
+    expected = sum(min(k, (count + 1) / 2) for k in range(1, count + 1))
+    for hospital in ([], [silent]):
+        k = count + len(hospital)
+        found = ours("norm_bound", [*grown, *hospital], [1 / k] * k)
+        assert gap(found, dense(one) * expected / k) < 1e-6
+
+
+def test_krum_cannot_choose_those_that_may_lie() -> None:
+    honest, w = hospitals(5), [0.2] * 5
+    assert ours("krum", honest, w, chosen=4).any()
+    with pytest.raises(MergeError, match="chosen=5: of 5 hospitals, 1 of whom may lie, at most 4"):
+        ours("krum", honest, w, chosen=5)
 
 
 def test_median_and_trimmed_mean_are_those_of_every_entry() -> None:

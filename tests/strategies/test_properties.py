@@ -100,6 +100,13 @@ def draw(adapters: list[Adapter]) -> Draw:
     return Draw(noise=Noise(Adapter(first.spec, layers), (0.1,) * len(adapters)))
 
 
+def gauge(g: torch.Generator) -> torch.Tensor:
+    """An invertible G (3, 3), float64, that stretches directions up to ninefold."""
+    rotations = torch.linalg.qr(torch.randn(2, 3, 3, generator=g, dtype=torch.float64)).Q
+    stretch = 3 ** (2 * torch.rand(3, generator=g, dtype=torch.float64) - 1)
+    return rotations[0] * stretch @ rotations[1]
+
+
 def keeping(what: str) -> list[str]:
     return [kind.name for kind in OURS if what in kind.declared.keeps]
 
@@ -119,7 +126,8 @@ def test_equal_hospitals_merge_to_themselves(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_hospitals_does_not_matter(name: str) -> None:
     adapters = fitting(name, 5)
-    raw = [0.3, 0.25, 0.2, 0.15, 0.1][: len(adapters)]
+    raw = [0.3, 0.25, 0.2, 0.15, 0.1] if strategy(name).weighted else [0.2] * 5
+    raw = raw[: len(adapters)]
     weights = [w / sum(raw) for w in raw]
     there = whole(name, adapters, weights).adapter
     back = whole(name, adapters[::-1], weights[::-1]).adapter
@@ -147,15 +155,15 @@ def test_only_products_matter_not_how_they_are_factorised(name: str) -> None:
     """B G and G^-1 A are the same update; where one factor must be shared, one G for all."""
     adapters = fitting(name, 5)
     g = torch.Generator().manual_seed(5)
-    common = torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
+    common = gauge(g)
     turned = []
     for adapter in adapters:
-        G = common if name in SHARED else torch.linalg.qr(torch.randn(3, 3, generator=g)).Q
-        layers = {n: LowRank(x.B @ G, G.T @ x.A) for n, x in adapter.layers.items()}
+        G = common if name in SHARED else gauge(g)
+        back = torch.linalg.inv(G)
+        layers = {
+            n: LowRank(x.B.double() @ G, back @ x.A.double()) for n, x in adapter.layers.items()
+        }
         turned.append(replace(adapter, layers=layers))
-        if isinstance(adapter, MeasuredAdapter):  # z = A x turns with A
-            grams = {n: G.T @ gram @ G for n, gram in adapter.statistics.items()}
-            turned[-1] = replace(turned[-1], statistics=grams)  # type: ignore[call-arg]
     if name in RANDOM:  # masks follow from bits: compare expectations instead, over many rounds
         many = range(300)
         w = equal_weights(adapters)
@@ -168,6 +176,43 @@ def test_only_products_matter_not_how_they_are_factorised(name: str) -> None:
         return
     one, other = (dense(whole(name, own).adapter) for own in (adapters, turned))
     assert distance(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_have_an_effect_or_are_refused(name: str) -> None:
+    adapters = fitting(name, 5)
+    weights = [w / sum(range(1, len(adapters) + 1)) for w in range(1, len(adapters) + 1)]
+    if not strategy(name).weighted:
+        with pytest.raises(MergeError, match=f"{name} counts all adapters alike"):
+            whole(name, adapters, weights)
+        return
+    equal, unequal = (dense(whole(name, adapters, own).adapter) for own in (None, weights))
+    assert distance(equal, unequal) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("krum", {"chosen": 1}), ("lines", {"of": "median"})]
+)
+def test_parameters_may_decide_that_all_count_alike(name: str, parameters: dict[str, Any]) -> None:
+    assert strategy(name).weighted
+    with pytest.raises(MergeError, match="weights must be equal"):
+        merge(create(name, parameters), fitting(name, 5), [0.3, 0.25, 0.2, 0.15, 0.1])
+
+
+@pytest.mark.parametrize("name", [k.name for k in OURS if k.declared.streams])
+def test_only_what_sums_the_factors_that_travel_is_declared_so(name: str) -> None:
+    """Two hospitals that trade a piece leave sums of factors as they were, sums of products not."""
+    adapters = hospitals(5, 6, name in SHARED)
+    g = torch.Generator().manual_seed(7)
+    one, other = dict(adapters[0].layers), dict(adapters[1].layers)
+    for n in SHAPES:
+        dB = torch.randn(one[n].B.shape, generator=g)
+        dA = 0.0 if name in SHARED else torch.randn(one[n].A.shape, generator=g)
+        one[n] = LowRank(one[n].B + dB, one[n].A + dA)
+        other[n] = LowRank(other[n].B - dB, other[n].A - dA)
+    traded = [replace(adapters[0], layers=one), replace(adapters[1], layers=other), *adapters[2:]]
+    gap = distance(*(dense(whole(name, own).adapter) for own in (adapters, traded)))
+    assert (gap < 1e-5) == strategy(name).declared.sums
 
 
 @pytest.mark.parametrize("name", [k.name for k in OURS if k.declared.exact])

@@ -97,3 +97,11 @@ def test_what_is_kept_is_not_searched() -> None:
         ConfigError, match=r"search.keep: gamma is not searched; choose of agreeing"
     ):
         Space.of(create("ties"), 2, ["gamma"])
+
+
+def test_weights_are_searched_only_where_they_have_an_effect() -> None:
+    assert not Space.of(create("median"), 3).dimensions
+    names = [d.name for d in Space.of(create("lines", {"of": "trimmed_mean"}), 3).dimensions]
+    assert names == ["first", "last"]
+    with pytest.raises(ConfigError, match=r"search.keep: weights is not searched"):
+        Space.of(create("median"), 3, ["weights"])

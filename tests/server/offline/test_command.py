@@ -173,6 +173,31 @@ def test_weights_that_nearly_cancel_are_refused_in_the_recipes_words(
     assert "strength" not in found
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("median", {}), ("trimmed_mean", {}), ("lines", {"of": "median"})],
+)
+def test_weights_that_would_be_ignored_are_refused(
+    method: str,
+    parameters: dict[str, Any],
+    adapters: list[Path],
+    tmp_path: Path,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = {"merge_method": method, "parameters": {**parameters, "rank": 4}}
+    listed = {path: {"weight": w} for path, w in zip(adapters, (2, 1, 1), strict=True)}
+    assert call(**recipe, models=listed) == 2
+    assert (
+        said(capsys)
+        .removeprefix(f"{tmp_path / 'recipe.yaml'}: ")
+        .startswith(
+            f"models: {method} counts all of them alike; give them the same weight, or none"
+        )
+    )
+    assert call(**recipe, models={path: {"weight": 2} for path in adapters}) == 0
+
+
 def test_density_given_to_each_model_alike_is_the_density(
     adapters: list[Path], tmp_path: Path, call: Call
 ) -> None:
@@ -212,6 +237,11 @@ def test_whole_models_need_what_their_method_needs(
     [
         ({"tensors": {"lora_A": lambda t: t * torch.nan}}, "bad: holds NaN or infinity"),
         ({"config": {"use_dora": True}}, "bad: use_dora is not supported in an adapter"),
+        (
+            {"config": {"init_lora_weights": "pissa"}},
+            "bad: init_lora_weights=pissa changes the b",
+        ),
+        ({"config": {"layer_replication": [[0, 1]]}}, "bad: layer_replication is not supported"),
         ({"config": {"peft_type": "IA3"}}, "bad: is IA3, and only LoRA is merged"),
         ({"config": {"base_model_name_or_path": "x/other"}}, "bad: was made for x/other, "),
         ({"config": {"r": None}}, "bad: adapter_config.json says no r"),
