@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -c "from adapters.base_model import embedded_model; print(embedded_model())"
 	@touch $@
 
-demo: $(READY) ## simulate three hospitals end to end (about 7 minutes on 2 cores)
+demo: $(READY) ## simulate three hospitals end to end (about 8 minutes on 2 cores)
 	$(BIN)/wardround simulate
 
 test: lint ## lint, types, import contracts, fast tests with coverage

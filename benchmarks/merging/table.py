@@ -14,6 +14,7 @@ from benchmarks.merging.shares import Figure, Row, rows
 
 GOALS: dict[Epsilon, float] = {8.0: 0.85, 3.0: 0.60, 1.0: 0.30}  # shares, with four hospitals
 _ORDER = EPSILONS[::-1]
+_LOWEST = -50  # per cent; what noise has ruined would hide the rest
 
 
 def of(found: Sequence[Row], title: str) -> Table:
@@ -68,9 +69,10 @@ def draw(results: Sequence[Result], file: Path) -> None:
             panel.hlines(100 * goal, at - 0.45, at + 0.45, colors="grey", linestyles="dotted")
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set_xticks(range(len(_ORDER)), [_name(epsilon) for epsilon in _ORDER])
-        panel.set_title(f"{count} hospitals")
+        panel.set_title(f"{count} hospitals (below {_LOWEST} % not shown)")
+        panel.set_ylim(bottom=_LOWEST)
         panel.set_ylabel("share of the gain without privacy, %")
-    panels[-1].legend(fontsize=8, loc="upper left")
+    panels[-1].legend(fontsize=8, loc="lower right")
     drawing.savefig(file, dpi=150)
 
 

@@ -55,19 +55,19 @@ def beside(facts: dict[str, Any]) -> set[str]:
 
 
 def test_by_default_no_number_of_patients_notes_or_losses_leaves(
-    hospital: Install, plan: Make, starting_point: Start
+    hospital: Install, plan: Make, starting_point: Start, tmp_path: Path
 ) -> None:
     assert beside(facts_of(hospital().ask(plan(), starting_point[0]))) == set()
-    lax = hospital(privacy=OPEN)
+    lax = hospital(privacy=OPEN, ledger=tmp_path / "lax.sqlite")
     assert beside(facts_of(lax.ask(plan(privacy=OFF), starting_point[0]))) == set()
 
 
 def test_public_numbers_leave_exact_and_uncharged(
-    hospital: Install, plan: Make, starting_point: Start
+    hospital: Install, plan: Make, starting_point: Start, tmp_path: Path
 ) -> None:
     open_books = {"counts": "public", "losses": "public", "scores": "public"}
-    for own, asked in ((OPEN, OFF), ({}, {})):
-        east = hospital(share=open_books, privacy=own)
+    for name, own, asked in (("a", OPEN, OFF), ("b", {}, {})):
+        east = hospital(share=open_books, privacy=own, ledger=tmp_path / f"{name}.sqlite")
         facts = facts_of(east.ask(plan(privacy=asked), starting_point[0]))
         assert beside(facts) == BESIDE
         assert 5 < facts["patients"] < 15  # of 15, a fifth held out

@@ -111,7 +111,7 @@ def obey(order: dict[str, Any], plan: TrainingPlan, adapter: Adapter) -> tuple[i
 def warm(policy: SitePolicy, plan: TrainingPlan, adapter: Adapter, most: int) -> None:
     """Load the model, and have the accountants know every history of up to ``most`` attempts."""
     bench = training._workbench(policy.model, policy.compute, plan.spec)
-    bench.rehearse(plan, policy.compute)
+    bench.rehearse(plan, policy)
     with Ledger.of(policy) as ledger:
         for _ in range(most):
             training._reserve(ledger, plan, adapter, policy, None, SecureRandomness.name)

@@ -380,29 +380,3 @@ def test_the_recipe_in_the_help_can_be_followed(
 def test_both_places_must_be_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert wardround.main(["merge", *words]) == 2
     assert said(capsys) == "say what and where to: wardround merge FILE.yaml OUT_DIR"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, "no readable file"),
-        ("a: [", "not valid YAML (line 2)"),
-        (
-            "merge_method: ties\nmerge_method: dare",
-            "merge_method is given twice (line 2); give it once",
-        ),
-        (
-            "parameters: {density: 0.5,\n  density: 1}",
-            "density is given twice (line 2); give it once",
-        ),
-        ("just words", "says no merge_method and models; see docs/offline-merging.md"),
-    ],
-)
-def test_a_file_that_is_no_recipe(
-    text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "r.yaml"
-    if text is not None:
-        file.write_text(text + "\n")
-    assert wardround.main(["merge", str(file), str(tmp_path / "out")]) == 2
-    assert said(capsys) == f"{file}: {expected}"

@@ -1,0 +1,36 @@
+"""A file that is no recipe is refused in one line that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import wardround
+from tests.server.offline.test_command import said
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "no readable file"),
+        ("a: [", "not valid YAML (line 2)"),
+        (
+            "merge_method: ties\nmerge_method: dare",
+            "merge_method is given twice (line 2); give it once",
+        ),
+        (
+            "parameters: {density: 0.5,\n  density: 1}",
+            "density is given twice (line 2); give it once",
+        ),
+        ("just words", "says no merge_method and models; see docs/offline-merging.md"),
+    ],
+)
+def test_a_file_that_is_no_recipe(
+    text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    if text is not None:
+        file.write_text(text + "\n")
+    assert wardround.main(["merge", str(file), str(tmp_path / "out")]) == 2
+    assert said(capsys) == f"{file}: {expected}"
