@@ -75,10 +75,11 @@ class Scale:
     held_out: int  # notes of each department
     rounds: int
     local_steps: int
+    rules: bool = True  # also merge the last round by every other strategy
 
 
 FULL = Scale(max_tokens=64, held_out=32, rounds=4, local_steps=1)
-QUICK = Scale(max_tokens=32, held_out=12, rounds=2, local_steps=1)
+QUICK = Scale(max_tokens=32, held_out=12, rounds=2, local_steps=1, rules=False)
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,12 @@ def _measured(cell: Cell) -> Result:
         budgets = [_SMALL_BUDGET if i % 2 else cell.epsilon for i in range(len(sites))]
         ended = federation.run(made, sites, budgets if cell.arm in MIXED else ())
         found = bits(ended.merged)
-        if cell.arm == "fedsvd" and cell.seed == 0 and cell.epsilon in _EPSILONS_OF_RULES:
+        if (
+            cell.scale.rules
+            and cell.arm == "fedsvd"
+            and cell.seed == 0
+            and cell.epsilon in _EPSILONS_OF_RULES
+        ):
             rules = {
                 name: {s.name: federation.bits(one, s.held_out[:_NOTES_FOR_RULES]) for s in sites}
                 for name, one in _by_other_rules(ended)
