@@ -88,6 +88,7 @@ def train_round(
         random = SeededNoise(policy.lineage, test_seed, policy.site, _task(plan, received))
     try:
         with Ledger.of(policy) as ledger, ledger.turn():
+            require_protected(policy)  # again, now that the ledger is there to be seen
             reply = ledger.reply(_task(plan, received))
             if reply is not None:
                 return Outgoing.from_bytes(reply)

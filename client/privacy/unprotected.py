@@ -2,7 +2,8 @@
 
 A policy may allow training without privacy (``privacy.required: false``), for simulated or public
 text. What leaves then is in no ledger. So a ledger that exists forbids it, and it leaves a mark
-beside the place of the ledger that forbids to begin one there.
+beside the place of the ledger that forbids to begin one there. Of two processes at once, each puts
+down its own file before it looks for the other's, so at least one of them stops.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ _WHY = (
 
 def mark_unprotected(policy: SitePolicy) -> None:
     """Put down, durably, that something leaves without privacy. Raises Refusal by a ledger."""
+    mark = _mark(policy)
+    new = not mark.exists()
+    if new:
+        durable.replace(mark, _WHY)
     if policy.ledger.exists():
+        if new:
+            mark.unlink()  # nothing has left
         raise Refusal(Reason.LINEAGE_PRIVATE, f"{policy.ledger} exists")
-    if not _mark(policy).exists():
-        durable.replace(_mark(policy), _WHY)
 
 
 def require_protected(policy: SitePolicy) -> None:

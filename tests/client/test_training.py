@@ -198,6 +198,7 @@ def test_notes_are_trained_on_with_privacy_or_without_but_not_both(
     with pytest.raises(Refusal) as refused:
         train_round(plan(privacy=OFF), start, private_first)
     assert refused.value.reason is Reason.LINEAGE_PRIVATE
+    train_round(plan(round=2), start, private_first)  # the attempt has left no mark
 
     open_first = policy(privacy=OPEN, ledger=tmp_path / "b.sqlite")
     with pytest.raises(Refusal):  # nothing has left, so nothing is marked
@@ -364,3 +365,23 @@ def test_unusable_notes_are_a_refusal_whose_detail_is_for_the_site(policy: MakeP
     assert refusal.value.reason is Reason.NOTES_UNUSABLE
     assert "/nowhere" not in str(refusal.value)
     assert "notes.path=/nowhere/notes.jsonl" in refusal.value.detail
+
+
+def test_a_mark_that_appears_while_the_ledger_is_opened_still_stops_the_round(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may be training the same notes without privacy at this moment."""
+    own = policy(privacy=OPEN)
+    opened = Ledger.__init__
+
+    def slow(self: Ledger, *given: object) -> None:
+        own.ledger.with_name(own.ledger.name + ".unprotected").write_text("")
+        opened(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Ledger, "__init__", slow)
+    with pytest.raises(Refusal) as refused:
+        train_round(plan(), starting_point[0], own)
+    assert refused.value.reason is Reason.LINEAGE_UNPROTECTED
+    monkeypatch.undo()
+    with Ledger.of(own) as ledger:
+        assert ledger.history() == ()
