@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,19 +112,3 @@ class Checkpoint:
                 names = list(tensors.keys())
                 written = {n: changed(n, tensors.get_tensor(n)).contiguous() for n in names}
             save_file(written, out / file.name, metadata={"format": "pt"})
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` at the end; after an error nothing is left.
-
-    Raises ConfigError when ``out`` exists.
-    """
-    if out.exists():
-        raise ConfigError(f"out={out}: exists already; take another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        yield made
-        made.rename(out)

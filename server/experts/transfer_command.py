@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conf.experts import TransferCommand
 from conf.load import ConfigError
-from server.experts.checkpoint import Checkpoint, appearing
+from server.experts.checkpoint import Checkpoint
 from server.experts.inputs import load_adapter
 from server.experts.interpolation import towards_base
 from server.experts.transfer import (
@@ -28,6 +28,7 @@ from server.experts.transfer import (
 )
 from server.progress import stage_progress
 from server.run_folder import write_atomically
+from server.whole_folder import whole_folder
 
 _FILE = "transfer.json"
 
@@ -37,7 +38,9 @@ def run(command: TransferCommand, console: Console) -> dict[str, Any]:
 
     Raises ConfigError with one line for a person; then nothing was written.
     """
-    with appearing(command.out) as made:
+    if command.out.exists():
+        raise ConfigError(f"out={command.out}: exists already; take another folder")
+    with whole_folder(command.out) as made:
         base, target = Checkpoint("base", command.base), Checkpoint("target", command.target)
         if command.adapter is not None:
             record = _adapter(command, base, target, made)

@@ -6,8 +6,6 @@ interrupted merge leaves nothing behind that could be taken for a result.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from server.offline.plan import Kind, Plan, plan
 from server.offline.recipe import Output, Recipe, read_recipe
 from server.offline.report import of_adapters, of_models, write_report
 from server.progress import stage_progress
+from server.whole_folder import whole_folder
 from strategies.base import MergeError
 
 Job = Callable[[Path], None]  # fills an empty folder
@@ -46,7 +45,9 @@ def run(file: Path, out: Path, console: Console) -> Path:
     except ConfigError as problem:
         raise ConfigError(f"{file}: {problem}") from None
     job = _adapters if kind == "adapter" else _models
-    _whole(out, job(recipe, todo, output, tokenizer, console))
+    fill = job(recipe, todo, output, tokenizer, console)
+    with whole_folder(out) as made:
+        fill(made)
     return out
 
 
@@ -109,19 +110,6 @@ def _models(
         write_report(folder, of_models(recipe, todo, merge, figures, notes), began)
 
     return job
-
-
-def _whole(out: Path, job: Job) -> None:
-    """Let ``job`` fill a folder beside ``out``, then put it there in one step."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = _made(Path(scratch) / "made")
-        job(made)
-        for path in [*made.rglob("*"), made]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        made.rename(out)
 
 
 def _kind(recipe: Recipe) -> Kind:
