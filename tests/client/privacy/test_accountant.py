@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant
 
 from client.privacy import accountant
 from client.privacy.accountant import (
@@ -148,3 +152,39 @@ def test_steps_within_a_budget_are_the_most_that_fit() -> None:
     assert epsilon((*history, GaussianSteps(1.0, 8.0, fit)), DELTA) <= 2.0
     assert epsilon((*history, GaussianSteps(1.0, 8.0, fit + 1)), DELTA) > 2.0
     assert steps_within(history, 1.0, 8.0, 0.5, DELTA) == 0
+
+
+_steps = st.builds(
+    GaussianSteps,
+    sampling_rate=st.sampled_from([0.01, 0.1, 0.25, 1.0]),
+    noise_multiplier=st.floats(0.6, 40.0),
+    steps=st.integers(1, 400),
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(_steps, min_size=1, max_size=2))
+def test_the_grid_of_losses_adds_little_and_never_takes_away(events: list[GaussianSteps]) -> None:
+    finest = PLDAccountant(value_discretization_interval=1e-4)
+    for e in events:
+        step = PoissonSampledDpEvent(e.sampling_rate, GaussianDpEvent(e.noise_multiplier))
+        finest.compose(step, e.steps)
+    exact = finest.get_epsilon(DELTA)
+    assert -1e-9 <= epsilon(tuple(events), DELTA) - exact <= 2e-4
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(_steps, min_size=1, max_size=2))
+def test_the_check_is_opacus_own_figure(events: list[GaussianSteps]) -> None:
+    opacus = PRVAccountant()
+    opacus.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in events]
+    with np.errstate(all="ignore"):
+        assert epsilon_prv(events, DELTA) == pytest.approx(opacus.get_epsilon(DELTA), abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0.3, 1.0, 3.0, 8.0, 20.0])
+def test_calibration_wastes_less_than_half_a_percent_of_the_noise(budget: float) -> None:
+    history = (GaussianSteps(0.1, 20.0, 3),)
+    sigma = calibrate(history, 0.25, 4, budget, DELTA)
+    assert epsilon((*history, GaussianSteps(0.25, sigma, 4)), DELTA) <= budget
+    assert epsilon((*history, GaussianSteps(0.25, sigma * 0.995, 4)), DELTA) > budget
