@@ -119,21 +119,24 @@ class Result:
 def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Iterator[Cell]:
     """All cells, some twice; those first that tell most."""
     first, *others = seeds
-    for count in hospitals:
+    few, *more = hospitals
+    for epsilon in EPSILONS:
+        yield Cell(few, "fedsvd", epsilon, first, scale)
+    yield Cell(few, POOLED, None, first, scale)
+    for arm in ("product_mean", "fedavg", "core", "rolora"):
+        for epsilon in (None, EPSILONS[-1]):
+            yield Cell(few, arm, epsilon, first, scale)
+    for arm in MIXED:
+        yield Cell(few, arm, EPSILONS[1], first, scale)
+    for seed in others:
+        for epsilon in EPSILONS:
+            yield Cell(few, "fedsvd", epsilon, seed, scale)
+    for count in more:
         for epsilon in EPSILONS:
             yield Cell(count, "fedsvd", epsilon, first, scale)
-        yield Cell(count, POOLED, None, first, scale)
-        for arm in ("product_mean", "fedavg", "core", "rolora"):
-            for epsilon in (None, EPSILONS[-1]):
-                yield Cell(count, arm, epsilon, first, scale)
-        for arm in MIXED:
-            yield Cell(count, arm, EPSILONS[1], first, scale)
-        for seed in others:
-            for epsilon in EPSILONS:
-                yield Cell(count, "fedsvd", epsilon, seed, scale)
     for count in hospitals:
         for seed in seeds:
-            for arm in (*ARMS, POOLED, ALONE):
+            for arm in (ALONE, POOLED, *ARMS):
                 for epsilon in EPSILONS:
                     yield Cell(count, arm, epsilon, seed, scale)
             for arm in MIXED:

@@ -1,22 +1,20 @@
-"""Full models as folders of safetensors: read one tensor at a time, written whole or not at all."""
+"""A full model under the name of the option that it was given for, for checks and for a copy."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from adapters.base_model import ModelError, embedded_model, skeleton
 from conf.load import ConfigError
 from conf.schema import ModelSettings
+from server.model_folder import ModelFolder, write_weights
+from strategies.base import MergeError
 
 
 class Checkpoint:
@@ -29,21 +27,11 @@ class Checkpoint:
         """
         self.key = key
         self.folder = embedded_model() if str(where) == "smollm2" else Path(where)
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        if not self.files or not (self.folder / "config.json").is_file():
-            raise ConfigError(
-                f"{key}={where}: not a model folder (needs config.json and *.safetensors)"
-            )
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
-        for file in self.files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  no mapping
-                        self._file_of[name] = file
-                        self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as problem:
-                raise ConfigError(f"{key}={where}: {file.name} is broken ({problem})") from None
+        try:
+            self._model = ModelFolder.open(str(self.folder))
+        except MergeError as problem:
+            raise ConfigError(f"{key}={problem}") from None
+        self.shapes = {name: header.shape for name, header in self._model.headers.items()}
 
     @property
     def name(self) -> str:
@@ -51,18 +39,20 @@ class Checkpoint:
         return self.folder.resolve().name
 
     def tensor(self, name: str) -> Tensor:
-        """One weight, in the precision that it is stored in."""
-        with safe_open(self._file_of[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
+        """One weight, in the precision that it is stored in. Raises ConfigError on NaN."""
+        try:
+            return self._model.tensor(name)
+        except MergeError as problem:
+            raise ConfigError(f"{self.key}={problem}") from None
 
     def architecture(self) -> list[str]:
-        """What ``config.json`` says the model is. Raises ConfigError when it cannot be read."""
-        config = self._config()
+        """What ``config.json`` says the model is."""
+        config = self._model.config
         return [str(config.get("model_type")), *map(str, config.get("architectures") or ())]
 
     def tokens(self) -> int:
         """Rows of the embedding: the vocabulary, and often some spare ones."""
-        config = self._config()
+        config = self._model.config
         return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0))
 
     @cached_property
@@ -85,15 +75,6 @@ class Checkpoint:
             if any(f".{layer}".endswith(f".{name.rpartition('.')[0]}") for layer in whole)
         )
 
-    def _config(self) -> dict[str, Any]:
-        try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError:
-            config = None
-        if not isinstance(config, dict):
-            raise ConfigError(f"{self.key}={self.folder}: config.json is broken")
-        return config
-
     def vocabulary(self) -> dict[str, int]:
         """Token -> id. Raises ConfigError when the folder holds no tokenizer."""
         try:
@@ -103,12 +84,11 @@ class Checkpoint:
         return found
 
     def copy(self, out: Path, changed: Callable[[str, Tensor], Tensor]) -> None:
-        """Write the same folder to ``out`` with every tensor passed through ``changed``."""
+        """Write the same folder to ``out`` with every tensor passed through ``changed``.
+
+        ``changed`` keeps shape and precision.
+        """
         for item in self.folder.iterdir():
-            if item.is_file() and item not in self.files:
+            if item.is_file() and ".safetensors" not in item.suffixes:
                 shutil.copyfile(item, out / item.name)
-        for file in self.files:
-            with safe_open(file, framework="pt") as tensors:
-                names = list(tensors.keys())
-                written = {n: changed(n, tensors.get_tensor(n)).contiguous() for n in names}
-            save_file(written, out / file.name, metadata={"format": "pt"})
+        write_weights(out, self._model.headers, lambda n: changed(n, self.tensor(n)))

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from adapters.adapter import Adapter
 from conf.load import ConfigError
+from server.model_folder import ModelFolder, copy_rest, same_tokenizer
 from server.offline.adapters import base_name, merge_adapters, open_adapters
-from server.offline.model_folder import ModelFolder, copy_rest, same_tokenizer
 from server.offline.models import ModelMerge, fold_adapter, require_fit
 from server.offline.plan import Kind, Plan, plan
 from server.offline.recipe import Output, Recipe, read_recipe

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.offline.model_folder import Fingerprint
+from server.model_folder import Fingerprint
 from strategies.merging import mean_cosine
 
 

@@ -23,8 +23,8 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import ModelError, skeleton
 from adapters.lowrank import Dense, LowRank, gram, weighted_sum
 from conf.schema import ModelSettings
+from server.model_folder import Fingerprint, Header, ModelFolder, write_weights
 from server.offline.figures import Figures
-from server.offline.model_folder import Fingerprint, Header, ModelFolder, write_weights
 from server.offline.plan import Plan
 from strategies.base import Draw, MergeError, Strategy
 from strategies.inner_products import FromInnerProducts

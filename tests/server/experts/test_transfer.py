@@ -251,8 +251,13 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
     (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     huge = near(tiny_model, tmp_path / "huge", 1)
     save_file(
-        {n: w * float("inf") if "norm" in n else w for n, w in weights(huge).items()},
+        {n: w * 3e38 if "norm" in n else w for n, w in weights(huge).items()},
         huge / "model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    endless = near(tiny_model, tmp_path / "endless", 1)
+    save_file(
+        {n: w * float("inf") if "norm" in n else w for n, w in weights(endless).items()},
+        endless / "model.safetensors", metadata={"format": "pt"},
     )  # fmt: skip
     random_adapter(1).save(tmp_path / "adapter")
     for options, said in (
@@ -261,8 +266,9 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
         ({"tuned": tiny_model, "target": bare}, "bare: holds no tokenizer"),
         ({"tuned": tiny_model, "target": cut}, "model.safetensors is broken"),
         ({"tuned": other, "target": tiny_model}, "of different architecture: mistral"),
-        ({"tuned": huge, "target": tiny_model}, "the sum is not finite in float32"),
-        ({"tuned": tiny_model, "target": tmp_path}, "target=.*: not a model folder"),
+        ({"tuned": huge, "target": huge}, "the sum is not finite in float32"),
+        ({"tuned": endless, "target": tiny_model}, "tuned=.*norm.* holds NaN or infinity"),
+        ({"tuned": tiny_model, "target": tmp_path}, "target=.*: config.json is absent or broken"),
         ({"adapter": tmp_path, "target": tiny_model}, "adapter=.*not a LoRA folder"),
         (
             {"adapter": tmp_path / "adapter", "base": wide_model, "target": wide_model},
@@ -275,6 +281,25 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
             move(**options)
         assert "\n" not in str(found.value)
         assert sorted(tmp_path.iterdir()) == before  # no output, no scratch folder
+
+
+def test_a_model_in_several_files_is_moved_whole_and_stray_files_are_not_part_of_it(
+    move: Move, tmp_path: Path, tiny_model: Path
+) -> None:
+    tuned = near(tiny_model, tmp_path / "tuned", 1)
+    target = near(tiny_model, tmp_path / "target", 2)
+    parts = AutoModelForCausalLM.from_pretrained(target)
+    split = tmp_path / "split"
+    shutil.copytree(target, split)
+    (split / "model.safetensors").unlink()
+    parts.save_pretrained(split, max_shard_size="40KB")
+    assert len(list(split.glob("*.safetensors"))) > 1
+    save_file({"stray": torch.zeros(1)}, split / "stray.safetensors")
+    move(tuned=tuned, target=target, out=tmp_path / "from_one")
+    move(tuned=tuned, target=split, out=tmp_path / "from_several")
+    one, several = weights(tmp_path / "from_one"), weights(tmp_path / "from_several")
+    assert one.keys() == several.keys()
+    assert all(torch.equal(one[name], several[name]) for name in one)
 
 
 def test_existing_output_is_left_alone(move: Move, tmp_path: Path, tiny_model: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import wardround
 from conf.load import command_help
+from server.model_folder import ModelFolder
 from server.offline import command
-from server.offline.model_folder import ModelFolder
 from tests.server.offline.conftest import Call, lora
 
 TIES = {"merge_method": "ties", "parameters": {"density": 0.5}}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.lowrank import Dense, LowRank, gram, weighted_sum
-from server.offline import model_folder
+from server import model_folder
 from strategies.registry import strategies
 from tests.server.offline.conftest import Call
 

@@ -59,7 +59,9 @@ class ModelFolder:
         try:
             config = json.loads((path / "config.json").read_text())
         except (OSError, ValueError):
-            raise MergeError(f"{typed}: config.json is absent or broken") from None
+            config = None
+        if not isinstance(config, dict):
+            raise MergeError(f"{typed}: config.json is absent or broken")
         if config.get("quantization_config"):
             raise MergeError(f"{typed}: its weights are quantised; take the model as it was before")
         names = [_SINGLE]
