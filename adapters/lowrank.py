@@ -71,7 +71,7 @@ class LowRank:
 
     def is_finite(self) -> bool:
         """True when no factor holds NaN or infinity."""
-        return bool(torch.isfinite(self.A).all() and torch.isfinite(self.B).all())
+        return _finite(self.A) and _finite(self.B)
 
 
 class Dense(LowRank):
@@ -120,7 +120,7 @@ class Dense(LowRank):
 
     def is_finite(self) -> bool:
         """See ``LowRank.is_finite``."""
-        return bool(torch.isfinite(self.matrix).all())
+        return _finite(self.matrix)
 
     def __mul__(self, c: float) -> Dense:
         return self if c == 1 else Dense(self.matrix * c)
@@ -202,13 +202,30 @@ def svd(update: LowRank, vectors: int | None = None) -> Svd:
     """
     if not update.is_finite():
         raise ValueError("update holds NaN or infinity")
-    Qb, Rb = torch.linalg.qr(update.B.double())
-    Qa, Ra = torch.linalg.qr(update.A.double().T)
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    U, Vh = Qb @ U[:, :vectors], Vh[:vectors] @ Qa.T
+    left, right = _Qr(update.B), _Qr(update.A.T)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    U, Vh = left.times(U[:, :vectors]), right.times(Vh[:vectors].T).T
     sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
     sign[sign == 0] = 1.0
     return Svd(U * sign, S, Vh * sign.T)
+
+
+class _Qr:
+    """QR of a matrix (m, r) in float64, with Q left as reflections: few columns of it are wanted.
+
+    Half the time of forming Q where ``times`` is asked for an eighth of the columns.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._m, self._r = matrix.shape
+        self._reflections, self._tau = torch.geqrf(matrix.double())
+        self.R = self._reflections[: self._r].triu()  # (min(m, r), r)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Q times a matrix of min(m, r) rows."""
+        padded = matrix.new_zeros(self._m, matrix.shape[1])
+        padded[: matrix.shape[0]] = matrix
+        return torch.ormqr(self._reflections, self._tau, padded)
 
 
 def gram(parts: Sequence[LowRank]) -> Tensor:
@@ -251,3 +268,8 @@ def _same_shape(parts: Sequence[LowRank]) -> None:
     shapes = {p.shape for p in parts}
     if len(shapes) != 1:
         raise ValueError(f"updates of different shapes cannot be combined: {sorted(shapes)}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity. They survive a sum, which is much the faster look."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())

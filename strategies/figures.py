@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 
 from adapters.adapter import Adapter, AdapterSpec
-from strategies.sums import FactorSums, MergeError, ProductSums, Update, distance, norm
+from strategies.sums import FactorSums, MergeError, ProductSums, Update, norm, squared_distance
 
 
 class Figures:
@@ -44,11 +44,11 @@ class Figures:
         self.first: AdapterSpec = spec
         self.mean_cosine = _mean_cosine(units, learned)
 
-    def compare(self, layer: str, mean: Update) -> None:
-        """Take note of the exact mean of one layer."""
-        self._squared += norm(mean) ** 2
+    def compare(self, layer: str, mean: Update, size: float) -> None:
+        """Take note of the exact mean of one layer, of norm ``size``."""
+        self._squared += size**2
         if self._factors is not None and not self._factors.shares(layer):
-            self._gap += distance(mean, self._factors.mean(layer)) ** 2
+            self._gap += squared_distance(mean, size, self._factors.mean(layer))
 
     @property
     def size(self) -> float:

@@ -15,7 +15,7 @@ from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Draw, MergeError, Strategy, Update, Updates
 from strategies.figures import Figures
 from strategies.inner_products import cosines
-from strategies.sums import ProductMeans
+from strategies.sums import ProductMeans, norm
 
 _ROUNDING = 1e-12  # singular value, relative to the layer's largest, that is rounding
 
@@ -73,16 +73,16 @@ def merge(
     layers, kept, squared = {}, {}, 0.0
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
+        layers[name], kept[name], size = _of_rank(update, spec.rank)
+        squared += size**2
         if exact:
-            figures.compare(name, update)
-        layers[name], kept[name], norm = _of_rank(update, spec.rank)
-        squared += norm**2
+            figures.compare(name, update, size)
     merged = Adapter.from_deltas(layers, spec, dtype)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
     if not exact:
         for name, mean in _exact_means(adapters, weights).items():
-            figures.compare(name, mean)
+            figures.compare(name, mean, norm(mean))
     size = figures.size
     return Merge(
         merged,

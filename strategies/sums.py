@@ -9,7 +9,6 @@ Weights need not sum to one; means divide by their total.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -194,8 +193,8 @@ def norm(update: Update) -> float:
     return update.norm() if isinstance(update, LowRank) else float(update.norm())
 
 
-def distance(one: Update, other: LowRank) -> float:
-    """Frobenius norm of the difference."""
+def squared_distance(one: Update, size: float, other: LowRank) -> float:
+    """Squared Frobenius norm of the difference; ``size`` is that of ``one``."""
     if isinstance(one, LowRank):
-        return math.sqrt(max(0.0, one.inner(one) - 2 * one.inner(other) + other.inner(other)))
-    return float((one - other.dense()).norm())
+        return max(0.0, size**2 - 2 * one.inner(other) + other.inner(other))
+    return float((one - other.dense()).norm()) ** 2

@@ -122,6 +122,13 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
         svd(LowRank(B, torch.ones(2, 3)))
 
 
+def test_numbers_whose_sum_overflows_are_finite_all_the_same() -> None:
+    assert LowRank(torch.full((4, 1), 3e38), torch.ones(1, 2)).is_finite()
+    assert not LowRank(
+        torch.tensor([[float("inf")], [-float("inf")]]), torch.ones(1, 2)
+    ).is_finite()
+
+
 def test_factors_that_do_not_chain_are_refused() -> None:
     with pytest.raises(ValueError, match="do not chain"):
         LowRank(torch.ones(3, 2), torch.ones(3, 4))
