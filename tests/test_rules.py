@@ -131,3 +131,29 @@ def test_every_data_file_is_packaged() -> None:
     }
     assert data - packaged == set()
     assert len(packaged) > 20
+
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/RESULTS.md"]
+
+
+@pytest.mark.parametrize("file", DOCS, ids=name)
+def test_python_in_the_docs_compiles(file: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
+        compile(block, name(file), "exec")
+
+
+@pytest.mark.parametrize("file", DOCS, ids=name)
+def test_links_of_the_docs_lead_somewhere(file: Path) -> None:
+    headings = {doc: _anchors(doc) for doc in DOCS}
+    for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+        if ":" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (file.parent / path).resolve() if path else file
+        assert target.exists(), link
+        assert not anchor or anchor in headings.get(target, {anchor}), link
+
+
+def _anchors(file: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
