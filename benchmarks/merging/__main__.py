@@ -20,6 +20,12 @@ from benchmarks.merging.departments import NOTES
 
 RESULTS = Path(__file__).with_name("quality.jsonl")
 FIGURE = Path(__file__).with_name("quality.png")
+PAGE = Path(__file__).with_name("quality.md")
+_PAGE = """# What merging keeps
+
+Written by `python -m benchmarks.merging quality` from `quality.jsonl` beside it; how it was
+measured and what it means: [docs/merging.md](../../docs/merging.md#measured).
+"""
 
 
 def main() -> None:
@@ -54,16 +60,20 @@ def _quality(options: argparse.Namespace, progress: Progress) -> dict[str, float
     else:
         wanted = list(quality.cells(quality.FULL, options.hospitals, options.seeds))
         results = quality.measure(wanted, RESULTS, options.jobs, progress)
-    found = {}
+    found, page = {}, [_PAGE]
     for hospitals in sorted({r.cell.hospitals for r in results}):
-        arms, rules = shares.rows(results, hospitals), shares.rules(results, hospitals)
-        progress.console.print(table.of(arms, f"{hospitals} hospitals: federations"))
-        if rules:
-            title = f"{hospitals} hospitals: the last round merged by other rules"
-            progress.console.print(table.of(rules, title))
+        arms = shares.rows(results, hospitals)
+        for title, rows in (
+            (f"{hospitals} hospitals", arms),
+            (f"{hospitals} hospitals, the last round merged by", shares.rules(results, hospitals)),
+        ):
+            if rows:
+                progress.console.print(table.of(rows, title))
+                page.append(table.markdown(rows, title))
         found |= table.figures(arms, hospitals)
     if not options.quick:
         table.draw(results, FIGURE)
+        PAGE.write_text("\n".join(page), encoding="utf-8")
     return found
 
 

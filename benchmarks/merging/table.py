@@ -1,4 +1,4 @@
-"""The quality of merging, as a table for the terminal and a figure."""
+"""The quality of merging, as a table for the terminal, the same as Markdown, and a figure."""
 
 from __future__ import annotations
 
@@ -17,21 +17,35 @@ _ORDER = EPSILONS[::-1]
 _LOWEST = -50  # per cent; what noise has ruined would hide the rest
 
 
+CAPTION = "millibits per character saved; share of fedsvd without privacy, 95 % interval"
+
+
 def of(found: Sequence[Row], title: str) -> Table:
     """Gain in thousandths of a bit per character, and share of the reference, by epsilon."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("strategy", no_wrap=True)
-    for epsilon in EPSILONS:
-        table.add_column(_name(epsilon), justify="right", no_wrap=True)
-    table.add_column("seeds", justify="right")
+    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+    for column in _HEAD:
+        table.add_column(column, justify="left" if column == _HEAD[0] else "right", no_wrap=True)
+    for cells in _cells(found):
+        table.add_row(*cells)
+    return table
+
+
+def markdown(found: Sequence[Row], title: str) -> str:
+    """The same for a page."""
+    lines = [_HEAD, ["---", *["--:"] * (len(_HEAD) - 1)], *_cells(found)]
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"## {title}\n\n{CAPTION[0].upper()}{CAPTION[1:]}.\n\n{body}\n"
+
+
+def _cells(found: Sequence[Row]) -> list[list[str]]:
+    lines = []
     for arm in dict.fromkeys(row.arm for row in found):
         own = {row.epsilon: row for row in found if row.arm == arm}
         seeds = sorted({row.gain.seeds for row in own.values()})
-        table.add_row(
-            arm, *(_cell(own.get(epsilon)) for epsilon in EPSILONS), " to ".join(map(str, seeds))
+        lines.append(
+            [arm, *(_cell(own.get(epsilon)) for epsilon in EPSILONS), " to ".join(map(str, seeds))]
         )
-    table.caption = "millibits per character saved; share of fedsvd without privacy, 95 % interval"
-    return table
+    return lines
 
 
 def figures(found: Sequence[Row], hospitals: int) -> dict[str, float]:
@@ -91,3 +105,6 @@ def _interval(figure: Figure, unit: float) -> str:
 
 def _name(epsilon: Epsilon) -> str:
     return "no privacy" if epsilon is None else f"epsilon {epsilon:g}"
+
+
+_HEAD = ["strategy", *map(_name, EPSILONS), "seeds"]
