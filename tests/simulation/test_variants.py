@@ -81,6 +81,18 @@ def test_other_parts_of_the_adapter_can_be_trained(
     assert up < share * down
 
 
+def test_a_quarter_of_the_bytes_ends_in_nearly_the_same_adapter(go: Run) -> None:
+    common = (
+        "privacy=none", "optimizer.learning_rate=1", "evaluation.alone=false", "adapter.rank=16",
+    )  # fmt: skip
+    exact, rough = (go(wire, *common, f"federation.wire={wire}") for wire in ("float32", "int8"))
+    up = [summary["rounds"][0]["bytes_up"] for _, summary, _ in (exact, rough)]
+    assert up[1] < 0.6 * up[0]  # names and scales weigh more here than in a layer of usual size
+    one, two = (folder.global_adapter().deltas() for folder, _, _ in (exact, rough))
+    apart = sum((one[n] - two[n]).norm() ** 2 for n in one) / sum(one[n].norm() ** 2 for n in one)
+    assert 0 < apart**0.5 < 0.02
+
+
 def test_a_seed_does_not_decide_the_noise(go: Run) -> None:
     one, two = (go(name, "evaluation.alone=false", "seed=7")[0] for name in ("a", "b"))
     start = [Adapter.load(folder.adapter_folder(0)).fingerprint() for folder in (one, two)]
