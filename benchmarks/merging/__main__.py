@@ -58,9 +58,14 @@ def _quality(options: argparse.Namespace, progress: Progress) -> dict[str, float
     elif options.show:
         results = quality.read(RESULTS)
     else:
-        wanted = list(quality.cells(quality.FULL, options.hospitals, options.seeds))
+        wanted = [
+            cell
+            for cell in quality.cells(quality.FULL, options.hospitals, options.seeds)
+            if not options.arms or cell.arm in options.arms
+        ]
         results = quality.measure(wanted, RESULTS, options.jobs, progress)
-    found, page = {}, [_PAGE]
+    found: dict[str, float] = {}
+    page = [_PAGE]
     for hospitals in sorted({r.cell.hospitals for r in results}):
         arms = shares.rows(results, hospitals)
         for title, rows in (
@@ -89,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (2)")
     parser.add_argument("--hospitals", type=int, nargs="+", default=[4, 8], metavar="N")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(quality.SEEDS), metavar="N")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these rows of the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser.parse_args()
 

@@ -22,6 +22,7 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.base_model import load_base
 from adapters.likelihood import pad_right, token_losses
 from adapters.plan import TrainingPlan, plan_round
+from adapters.statistics import MeasuredAdapter, load_measured
 from benchmarks.merging.departments import Department, Scored
 from client.privacy.accountant import calibrate
 from client.privacy.engine import clipped_sum, noised_mean
@@ -29,6 +30,7 @@ from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SeededSampling
 from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
+from client.privacy.statistics import released_statistics, statistic_sums
 from conf.schema import ModelSettings, TrainingSettings
 from strategies.base import Draw, Noise
 from strategies.merging import merge
@@ -71,7 +73,9 @@ class Federation:
         weights = [1 / len(hospitals)] * len(hospitals)
         own = [_with_budget(settings, e) for e in budgets or [None] * len(hospitals)]
         for number in range(1, settings.federation.rounds + 1):
-            plans = [plan_round(s, _RUN, number, self._fingerprint) for s in own]
+            plans = [
+                plan_round(s, _RUN, number, self._fingerprint, strategy.statistics) for s in own
+            ]
             sent = [self._round(p, merged, h) for p, h in zip(plans, hospitals, strict=True)]
             stds = tuple(plan.noise_std(noise_multiplier(plan)) for plan in plans)
             draw = Draw(_RUN, number, Noise(merged, stds))
@@ -107,7 +111,7 @@ class Federation:
         saved = self._folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         if not (saved / "adapter_model.safetensors").exists():
             self._train(plan, received, hospital).save(saved)
-        return Adapter.load(saved)
+        return load_measured(saved)
 
     def _train(self, plan: TrainingPlan, received: Adapter, hospital: Department) -> Adapter:
         privacy = plan.privacy
@@ -129,7 +133,18 @@ class Federation:
             )
             for name, p in trained_parameters(model).items():
                 p.data -= plan.learning_rate(step) * released[name].to(p.dtype)
-        return lora.read(model, received.spec)
+        trained = lora.read(model, received.spec)
+        if plan.statistics is None:
+            return trained
+        assert noise is not None, "a plan with statistics is private"
+        rows = poisson_sample(hospital.units, privacy.sampling_rate, 1, noise)
+        sums = statistic_sums(
+            model, plan.statistics, rows, privacy.clip_norm, "fast", _MICRO_TOKENS
+        )
+        statistics = released_statistics(
+            plan.statistics, sums, sigma, privacy.clip_norm, privacy.denominator, noise.normal
+        )
+        return MeasuredAdapter(trained.spec, trained.layers, statistics)
 
     def _with(self, spec: AdapterSpec) -> PeftModel:
         if self._attached is None or self._attached[0] != spec:
@@ -155,5 +170,5 @@ def noise_multiplier(plan: TrainingPlan) -> float:
     privacy = plan.privacy
     if not privacy.enabled:
         return 0.0
-    steps = plan.rounds * plan.local_steps
+    steps = plan.rounds * plan.charged_steps
     return calibrate((), privacy.sampling_rate, steps, privacy.epsilon, privacy.delta)

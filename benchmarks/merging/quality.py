@@ -58,6 +58,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "product_mean": ("strategy=product_mean", "adapter.train=both"),
     "lora_fair": ("strategy=lora_fair", "adapter.train=both"),
 }
+STATISTICS: dict[str, tuple[str, ...]] = {  # under privacy only
+    "regmean": ("strategy=regmean",),
+    "fisher": ("strategy=fisher",),
+}
 POOLED, ALONE = "pooled", "alone"
 # Every second hospital has an epsilon of 1 whatever the cell's is.
 MIXED: dict[str, tuple[str, ...]] = {
@@ -141,6 +145,9 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
                     yield Cell(count, arm, epsilon, seed, scale)
             for arm in MIXED:
                 yield Cell(count, arm, EPSILONS[1], seed, scale)
+            for arm in STATISTICS:
+                for epsilon in EPSILONS[1:]:
+                    yield Cell(count, arm, epsilon, seed, scale)
 
 
 def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -> list[Result]:
@@ -177,7 +184,7 @@ def settings(cell: Cell, hospitals: int) -> RunSettings:
 
     A pooled site takes the same steps on all the notes: its sums are as much larger as the divisor.
     """
-    chosen = {**ARMS, **MIXED}.get(cell.arm, ARMS["fedsvd"])
+    chosen = {**ARMS, **MIXED, **STATISTICS}.get(cell.arm, ARMS["fedsvd"])
     scale = cell.scale
     own = [
         f"seed={cell.seed}",

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.merging.quality import ALONE, ARMS, EPSILONS, MIXED, POOLED, Epsilon, Result
+from benchmarks.merging.quality import (
+    ALONE,
+    ARMS,
+    EPSILONS,
+    MIXED,
+    POOLED,
+    STATISTICS,
+    Epsilon,
+    Result,
+)
 
 _DRAWS = 1000
 Notes = dict[str, np.ndarray]  # department -> numbers of its notes
@@ -46,7 +55,7 @@ def rows(results: Sequence[Result], hospitals: int) -> list[Row]:
     if not reference:
         return []
     found = []
-    for arm in (*ARMS, *MIXED, POOLED, ALONE):
+    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE):
         for epsilon in EPSILONS:
             measured = _of(own, arm, epsilon)
             if measured:
