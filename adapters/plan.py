@@ -24,6 +24,7 @@ from conf.schema import (
     Settings,
     TrainingSettings,
     Wire,
+    require_countable,
 )
 
 
@@ -49,6 +50,7 @@ class TrainingPlan(Settings):
     def _round_is_planned(self) -> TrainingPlan:
         if self.round > self.rounds:
             raise ValueError(f"round {self.round} of {self.rounds}")
+        require_countable(self.rounds, self.local_steps)
         return self
 
     @model_validator(mode="after")

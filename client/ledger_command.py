@@ -30,6 +30,7 @@ from client.privacy.chain import Entry
 from client.privacy.ledger import Ledger, LedgerError, charged, reservations
 from client.privacy.ledger_file import LedgerFile
 from client.privacy.metadata import charges_of_a_run
+from client.privacy.unprotected import unprotected_mark
 from client.site import read_policy
 from conf.commands import LedgerCommand, LedgerPlan
 from conf.load import ConfigError
@@ -61,6 +62,7 @@ def _show(command: LedgerCommand, console: Console) -> None:
         console.print(f"figure: [bold]{escape(str(command.figure))}[/bold]", soft_wrap=True)
     if problem:
         raise LedgerError(f"shown as it was found, but it does not verify: {problem}")
+    _require_complete(policy)
 
 
 def _verify(command: LedgerCommand, console: Console) -> None:
@@ -77,6 +79,7 @@ def _verify(command: LedgerCommand, console: Console) -> None:
     except AuditLogError as problem:
         raise LedgerError(str(problem)) from None
     console.print(f"{lines} lines of the audit log: chain holds, none known to the ledger missing")
+    _require_complete(policy)
 
 
 def _plan(command: LedgerCommand, console: Console) -> None:
@@ -143,6 +146,7 @@ def _export(command: LedgerCommand, console: Console) -> None:
     if command.out is None:
         raise ConfigError("out must be given: the file for the statement")
     policy = _policy(command)
+    _require_complete(policy)
     with Ledger.of(policy) as ledger:
         signed = statement.make(ledger, policy.site)
     durable.replace(command.out, json.dumps(signed, indent=2).encode() + b"\n")
@@ -173,6 +177,15 @@ def _check(command: LedgerCommand, console: Console) -> None:
     )  # fmt: skip
     if command.public_key is None:
         console.print(f"Is this the hospital's public key? {found.public_key}", soft_wrap=True)
+
+
+def _require_complete(policy: SitePolicy) -> None:
+    mark = unprotected_mark(policy)
+    if mark.exists():
+        raise LedgerError(
+            f"{mark} says that notes were trained on without privacy: this ledger does not hold "
+            "all that left, and nothing can be stated from it"
+        )
 
 
 def _policy(command: LedgerCommand) -> SitePolicy:

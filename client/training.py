@@ -53,7 +53,7 @@ from client.privacy.released import Charge, Fact, Released, Source
 from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
 from client.privacy.statistics import released_statistics, statistic_sums
-from client.privacy.unprotected import mark_unprotected, require_protected
+from client.privacy.unprotected import mark_unprotected, open_protected
 from client.refusal import Reason, Refusal, failure_site
 from client.upload import rounded
 from conf.policy import SitePolicy
@@ -82,13 +82,11 @@ def train_round(
     authorise(plan, policy, datetime.now().astimezone())
     if not plan.privacy.enabled:
         return _train(plan, received, policy, None, None, on_step, audit_head)
-    require_protected(policy)
     random = SecureRandomness()
     if test_seed is not None:
         random = SeededNoise(policy.lineage, test_seed, policy.site, _task(plan, received))
     try:
-        with Ledger.of(policy) as ledger, ledger.turn():
-            require_protected(policy)  # again, now that the ledger is there to be seen
+        with open_protected(policy) as ledger, ledger.turn():
             reply = ledger.reply(_task(plan, received))
             if reply is not None:
                 return Outgoing.from_bytes(reply)
@@ -300,6 +298,7 @@ def _reserve(
         reservation = ledger.reserve(
             (GaussianSteps(privacy.sampling_rate, sigma, plan.charged_steps), *beside),
             task=_task(plan, received),
+            site=policy.site,
             run=plan.run,
             round=plan.round,
             steps_planned=plan.steps_left,

@@ -73,6 +73,7 @@ class AdapterSettings(Settings):
 
 
 MAX_CLIP_NORM = 16.0  # up to here the engine adds clipped gradients without rounding
+MOST_STEPS = 100_000  # of one run at one hospital
 
 
 class PrivacySettings(Settings):
@@ -85,7 +86,7 @@ class PrivacySettings(Settings):
     enabled: bool
     unit: Literal["patient", "note"]
     epsilon: Positive
-    delta: Annotated[float, Field(gt=0, lt=0.01)]
+    delta: Annotated[float, Field(ge=1e-12, lt=0.01)]
     # Not so small that steps of the grids it defines could underflow: an error would tell of notes.
     clip_norm: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
@@ -118,6 +119,12 @@ class OptimizerSettings(Settings):
     final_fraction: Annotated[float, Field(gt=0, le=1)]  # of the learning rate, at the last step
 
 
+def require_countable(rounds: int, local_steps: int) -> None:
+    """Raise ValueError for more steps than a hospital's accountant can weigh in seconds."""
+    if rounds * local_steps > MOST_STEPS:
+        raise ValueError(f"rounds times local_steps must be {MOST_STEPS:,} at most")
+
+
 class FederationSettings(Settings):
     """Rounds, and how long the coordinator waits for whom."""
 
@@ -126,6 +133,11 @@ class FederationSettings(Settings):
     min_hospitals: Annotated[int, Field(ge=1)]
     timeout_s: Positive  # of one round
     wire: Wire = "float32"  # of the trained factors on their way; what is frozen stays exact
+
+    @model_validator(mode="after")
+    def _can_be_accounted_for(self) -> FederationSettings:
+        require_countable(self.rounds, self.local_steps)
+        return self
 
 
 class StrategySettings(Settings):

@@ -9,7 +9,7 @@ patients that the export links to each other (Patient.link) count as one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,7 +78,7 @@ def read_fhir(path: Path, settings: NotesSettings) -> Iterator[Outcome]:
     rejected: list[Rejected] = []
     export = _Export(
         folder=path,
-        person=_persons(_by_id(path, "Patient", rejected)),
+        person=_persons(_sound(path, "Patient", rejected)),
         encounters=_by_id(path, "Encounter", rejected) if settings.hospital_field else {},
         binaries=_by_id(path, "Binary", rejected),
     )
@@ -163,10 +163,12 @@ _HOSPITAL: Mapping[str, Callable[[Resource], str | None]] = {
 }
 
 
-def _persons(patients: Mapping[str, Resource]) -> dict[str, str]:
+def _persons(patients: Iterable[Resource]) -> dict[str, str]:
     """Patient id -> the first id, in sort order, of the same person; linked patients only.
 
-    Every type of Patient.link (replaced-by, replaces, refer, seealso) states "the same person".
+    Every type of Patient.link (replaced-by, replaces, refer, seealso) states "the same person". A
+    patient may come more than once, as in an export of versions: every link that was ever stated
+    counts, for two people taken for one are protected together, one taken for two is not.
     """
     person: dict[str, str] = {}
 
@@ -175,7 +177,8 @@ def _persons(patients: Mapping[str, Resource]) -> dict[str, str]:
             patient = person[patient]
         return patient
 
-    for patient, resource in patients.items():
+    for resource in patients:
+        patient = string(resource, "id")
         for link in items(resource.get("link")):
             other = reference_id(child(link, "other").get("reference"), "Patient")
             if other is not None:
@@ -204,11 +207,14 @@ def _resources(folder: Path, kind: Kind) -> Iterator[tuple[str, int, Resource | 
 
 
 def _by_id(folder: Path, kind: Kind, rejected: list[Rejected]) -> dict[str, Resource]:
-    """Resources of a type by id; broken lines are added to ``rejected``."""
-    found: dict[str, Resource] = {}
+    """Resources of a type by id, the last of each; broken lines are added to ``rejected``."""
+    return {string(resource, "id"): resource for resource in _sound(folder, kind, rejected)}
+
+
+def _sound(folder: Path, kind: Kind, rejected: list[Rejected]) -> Iterator[Resource]:
+    """Resources of a type; broken lines are added to ``rejected``."""
     for file, line, resource in _resources(folder, kind):
         if isinstance(resource, Reason):
             rejected.append(Rejected(file, line, resource))
         else:
-            found[string(resource, "id")] = resource
-    return found
+            yield resource

@@ -35,9 +35,9 @@ NAME = (
     f"PLD (dp-accounting {version('dp-accounting')}), checked by PRV (opacus {version('opacus')})"
 )
 _AGREEMENT = 0.02  # relative difference of the two accountants that is put down to numerics
-_ROUNDING = 1e-4  # of epsilon, upwards: what the grid of privacy losses may add, about
-_INTERVALS = (1e-3, 5e-4, 2e-4, 1e-4)  # of that grid
-_COARSE_INTERVAL = 1e-2  # to find about where a figure lies
+_ROUNDING = 1e-4  # of epsilon, relative where it is above 1: about what the grid of losses may add
+_INTERVALS = (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)  # of that grid
+_COARSE = 10  # times that interval, to find about where a figure lies
 _PRV_ERROR = 0.01  # of epsilon: PRV adds its own error bound to its figure
 # Renyi orders; below 2 the series of a sampled Gaussian often does not converge.
 _WHOLE_ORDERS = (*range(2, 64), 128, 256, 512, 1024)
@@ -91,8 +91,8 @@ def _epsilon(history: History, delta: float) -> float:
     return authority
 
 
-def _authority(history: History, delta: float, interval: float | None = None) -> float:
-    interval = interval or _interval(history)
+def _authority(history: History, delta: float, coarse: int = 1) -> float:
+    interval = _interval(history, delta) * coarse
     losses = (
         _loss(e.sampling_rate, e.noise_multiplier, interval).self_compose(e.steps)
         for e in _merged(history)
@@ -100,7 +100,7 @@ def _authority(history: History, delta: float, interval: float | None = None) ->
     return float(reduce(PrivacyLossDistribution.compose, losses).get_epsilon_for_delta(delta))
 
 
-@lru_cache(maxsize=64)  # a plan's steps share it: to compute it costs more than to compose it
+@lru_cache(maxsize=16)  # a plan's steps share it: to compute it costs more than to compose it
 def _loss(
     sampling_rate: float, noise_multiplier: float, interval: float
 ) -> PrivacyLossDistribution:
@@ -110,14 +110,28 @@ def _loss(
     )
 
 
-def _interval(history: History) -> float:
-    """Widest grid of privacy losses whose rounding adds about ``_ROUNDING`` to epsilon at most.
+def _interval(history: History, delta: float) -> float:
+    """Widest grid of privacy losses whose rounding adds about ``_ROUNDING`` to epsilon.
 
-    An interval h adds at most about h^2 a step, measured over rates of 0.01 to 1, noise of 0.6 to
-    40 and up to 2,000 steps ("connect the dots": Doroshenko et al., 2022). Time goes with 1 / h.
+    Losses are rounded to an interval h upwards in divergence ("connect the dots": Doroshenko et
+    al., 2022), which makes the variance of one step's loss h^2 / 6 larger. Near the Gaussian limit
+    epsilon = sqrt(2 log(1 / delta) V) over the whole variance V, so it grows by
+    N h^2 sqrt(2 log(1 / delta) / V) / 12 in N steps. One step's variance is q^2 (e^(1 / sigma^2) -
+    1) where q is small, and 1 / sigma^2 where q is 1. Time goes with 1 / h.
     """
     steps = sum(e.steps for e in history)
-    return next((h for h in _INTERVALS if h * h * steps <= _ROUNDING), _INTERVALS[-1])
+    variance = sum(
+        e.steps
+        * min(
+            e.sampling_rate**2 * math.expm1(min(e.noise_multiplier**-2, 50.0)),
+            e.noise_multiplier**-2,
+        )
+        for e in history
+    )
+    spread = 2 * math.log(1 / delta)
+    allowed = _ROUNDING * max(1.0, (spread * variance) ** 0.5)
+    widest = (12 * allowed / (steps * (spread / variance) ** 0.5)) ** 0.5
+    return next((h for h in _INTERVALS if h <= widest), _INTERVALS[-1])
 
 
 class _PRV(PRVAccountant):
@@ -212,20 +226,20 @@ def calibrate(
     BudgetExhausted when even a noise multiplier of 1,000 would not fit.
     """
 
-    def fits(sigma: float, interval: float | None) -> bool:
+    def fits(sigma: float, coarse: int) -> bool:
         planned = (*history, GaussianSteps(sampling_rate, sigma, steps))
-        return _authority(planned, delta, interval) <= budget
+        return _authority(planned, delta, coarse) <= budget
 
     low, high = _MIN_SIGMA, 1.0
-    for interval, precision in ((_COARSE_INTERVAL, 1.004), (None, 1.001)):
-        while high < _MAX_SIGMA and not fits(high, interval):
+    for coarse, precision in ((_COARSE, 1.004), (1, 1.001)):
+        while high < _MAX_SIGMA and not fits(high, coarse):
             low, high = high, min(high * 2, _MAX_SIGMA)
-        while low > _MIN_SIGMA and fits(low, interval):  # the coarse figure was too high
+        while low > _MIN_SIGMA and fits(low, coarse):  # the coarse figure was too high
             low, high = max(_MIN_SIGMA, low * (low / high) ** 2), low
         while high / low > precision:
             middle = (low * high) ** 0.5
-            low, high = (low, middle) if fits(middle, interval) else (middle, high)
-    if not fits(high, None):
+            low, high = (low, middle) if fits(middle, coarse) else (middle, high)
+    if not fits(high, 1):
         raise BudgetExhausted(f"{steps} more steps do not fit into epsilon {budget:g}")
     sigma = math.ceil(high * 1000) / 1000
     while epsilon((*history, GaussianSteps(sampling_rate, sigma, steps)), delta) > budget:

@@ -65,12 +65,17 @@ class Ledger:
         self.lineage, self.budget, self.delta = lineage, budget, delta
         anchored = anchor is not None and anchor.exists()
         own_key = path.with_name(path.name + ".key")
-        if not path.exists() and (anchored or (key is None and own_key.exists())):
-            raise LedgerError(f"{path}: {GONE}")  # a key of its own is made with it, never before
+        # What is made with a ledger, and outlives it: its own key, or a trace beside a key that
+        # lies elsewhere and may be that of several ledgers.
+        trace = site_key.trace(key, path) if key else own_key
+        if not path.exists() and (anchored or trace.exists()):
+            raise LedgerError(f"{path}: {GONE}")
         self._file = LedgerFile(path)
         self._lock = FileLock(path.with_name(path.name + ".lock"))
         new = self._file.head() is None and not anchored
         self.key = site_key.obtain(key or own_key, may_create=new)
+        if key:
+            site_key.leave_trace(trace, path)
         self._anchor = Anchor(anchor, self.key) if anchor else None
 
     @classmethod

@@ -66,6 +66,25 @@ def obtain(path: Path, may_create: bool) -> SiteKey:
     return _read(path)
 
 
+def trace(key: Path, ledger: Path) -> Path:
+    """The file beside a key which tells that this ledger was begun with it."""
+    name = hashlib.sha256(os.fsencode(ledger.absolute())).hexdigest()[:16]
+    return key.with_name(f"{key.name}.{name}")
+
+
+def leave_trace(file: Path, ledger: Path) -> None:
+    """Make ``trace``'s file where it is not there. Raises LedgerError."""
+    if file.exists():
+        return
+    try:
+        durable.replace(file, b"begun: " + os.fsencode(ledger.absolute()) + b"\n")
+    except OSError as problem:
+        raise LedgerError(
+            f"{file}: cannot be written ({problem}): it tells a ledger that was lost from one that "
+            "was never begun"
+        ) from None
+
+
 def _read(path: Path) -> SiteKey:
     try:
         if path.stat().st_mode & 0o077:

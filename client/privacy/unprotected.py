@@ -2,15 +2,18 @@
 
 A policy may allow training without privacy (``privacy.required: false``), for simulated or public
 text. What leaves then is in no ledger. So a ledger that exists forbids it, and it leaves a mark
-beside the place of the ledger that forbids to begin one there. Of two processes at once, each puts
-down its own file before it looks for the other's, so at least one of them stops.
+beside the place of the ledger that forbids to begin one there. Looking and beginning are one step
+under a lock, so of processes at once the first decides; a mark is never taken away again.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from filelock import FileLock
+
 from client.privacy import durable
+from client.privacy.ledger import Ledger
 from client.refusal import Reason, Refusal
 from conf.policy import SitePolicy
 
@@ -22,21 +25,29 @@ _WHY = (
 
 def mark_unprotected(policy: SitePolicy) -> None:
     """Put down, durably, that something leaves without privacy. Raises Refusal by a ledger."""
-    mark = _mark(policy)
-    new = not mark.exists()
-    if new:
-        durable.replace(mark, _WHY)
-    if policy.ledger.exists():
-        if new:
-            mark.unlink()  # nothing has left
-        raise Refusal(Reason.LINEAGE_PRIVATE, f"{policy.ledger} exists")
+    mark = unprotected_mark(policy)
+    with _choosing(policy):
+        if policy.ledger.exists():
+            raise Refusal(Reason.LINEAGE_PRIVATE, f"{policy.ledger} exists")
+        if not mark.exists():
+            durable.replace(mark, _WHY)
 
 
-def require_protected(policy: SitePolicy) -> None:
-    """Return when nothing has left without privacy. Raises Refusal."""
-    if _mark(policy).exists():
-        raise Refusal(Reason.LINEAGE_UNPROTECTED, f"{_mark(policy)} exists")
+def open_protected(policy: SitePolicy) -> Ledger:
+    """The site's ledger, begun where there is none. Raises Refusal by a mark, and LedgerError."""
+    with _choosing(policy):
+        mark = unprotected_mark(policy)
+        if mark.exists():
+            raise Refusal(Reason.LINEAGE_UNPROTECTED, f"{mark} exists")
+        return Ledger.of(policy)
 
 
-def _mark(policy: SitePolicy) -> Path:
+def unprotected_mark(policy: SitePolicy) -> Path:
+    """The file that is there once something has left without privacy."""
     return policy.ledger.with_name(policy.ledger.name + ".unprotected")
+
+
+def _choosing(policy: SitePolicy) -> FileLock:
+    mark = unprotected_mark(policy)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(mark.with_name(mark.name + ".lock"))

@@ -202,6 +202,16 @@ def exported(spent: SitePolicy, person: Person, tmp_path: Path) -> Path:
     return tmp_path / "statement.json"
 
 
+def test_nothing_is_stated_from_a_ledger_beside_which_something_left(
+    spent: SitePolicy, person: Person, tmp_path: Path
+) -> None:
+    spent.ledger.with_name(spent.ledger.name + ".unprotected").write_text("")
+    out = tmp_path / "statement.json"
+    for words in (("export", f"out={out}"), ("verify",), ("show",)):
+        assert "trained on without privacy: this ledger does not hold" in person.types(*words, code=1)
+    assert not out.exists()
+
+
 def test_a_statement_is_checked_without_the_site(exported: Path, tmp_path: Path) -> None:
     board = tmp_path / "board"
     board.mkdir()

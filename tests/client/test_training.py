@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from adapters.lowrank import LowRank
 from adapters.plan import TrainingPlan
 from client import training
 from client.notes.split import split_units
-from client.privacy.accountant import GaussianSteps
+from client.privacy.accountant import GaussianSteps, epsilon
 from client.privacy.authorise import require_model
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import SecureRandomness
+from client.privacy.unprotected import mark_unprotected, open_protected
 from client.refusal import Reason, Refusal
 from client.training import train_round, training_units
 from conf.policy import SitePolicy
@@ -367,21 +370,49 @@ def test_unusable_notes_are_a_refusal_whose_detail_is_for_the_site(policy: MakeP
     assert "notes.path=/nowhere/notes.jsonl" in refusal.value.detail
 
 
-def test_a_mark_that_appears_while_the_ledger_is_opened_still_stops_the_round(
-    policy: MakePolicy, plan: MakePlan, starting_point: Start, monkeypatch: pytest.MonkeyPatch
+def test_of_many_that_begin_at_once_with_privacy_and_without_only_one_kind_goes_on(
+    policy: MakePolicy, tmp_path: Path
 ) -> None:
-    """Another process may be training the same notes without privacy at this moment."""
-    own = policy(privacy=OPEN)
-    opened = Ledger.__init__
+    for attempt in range(8):
+        own = policy(privacy=OPEN, ledger=tmp_path / str(attempt) / "ledger.sqlite")
+        own.ledger.parent.mkdir()
+        together = threading.Barrier(6)
 
-    def slow(self: Ledger, *given: object) -> None:
-        own.ledger.with_name(own.ledger.name + ".unprotected").write_text("")
-        opened(self, *given)  # type: ignore[arg-type]
+        def begin(
+            private: bool, own: SitePolicy = own, together: threading.Barrier = together
+        ) -> bool | None:
+            together.wait()
+            try:
+                open_protected(own).close() if private else mark_unprotected(own)
+            except Refusal:
+                return None
+            return private
 
-    monkeypatch.setattr(Ledger, "__init__", slow)
-    with pytest.raises(Refusal) as refused:
-        train_round(plan(), starting_point[0], own)
-    assert refused.value.reason is Reason.LINEAGE_UNPROTECTED
-    monkeypatch.undo()
-    with Ledger.of(own) as ledger:
-        assert ledger.history() == ()
+        with ThreadPoolExecutor(6) as pool:
+            went_on = set(pool.map(begin, [True, False] * 3)) - {None}
+        assert len(went_on) == 1
+        assert own.ledger.exists() is went_on.pop()
+
+
+def test_the_plans_own_budget_holds_over_its_rounds_below_the_policys(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    own = policy()
+    for number in (1, 2):
+        train_round(plan(round=number, privacy={"epsilon": 2.0}), starting_point[0], own)
+    with ledger_of(own) as ledger:
+        assert 1.9 < epsilon(ledger.history("first"), 1e-5) <= 2.0
+        assert {e.body["site"] for e in ledger.entries() if e.state == "RESERVED"} == {"east"}
+
+
+def test_room_is_kept_for_what_later_rounds_are_charged_beside_their_steps(
+    policy: MakePolicy, plan: MakePlan, starting_point: Start
+) -> None:
+    own = policy(share={"scores": "noised"})
+    for number in (1, 2, 3):
+        train_round(plan(round=number, rounds=3), starting_point[0], own)
+    with ledger_of(own) as ledger:
+        rounds = [ledger.history("first", number) for number in (1, 2, 3)]
+        assert epsilon(ledger.history(), 1e-5) <= 8.0
+    steps = [next(m for m in charged if m.steps == 2) for charged in rounds]
+    assert max(m.noise_multiplier for m in steps) < 1.01 * min(m.noise_multiplier for m in steps)

@@ -229,6 +229,24 @@ def test_linked_patients_are_one_person(export: Write, settings: Make, document:
     assert {unit: len(notes) for unit, notes in units.items()} == {"p2": 4, "p1": 1}
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_patient_exported_twice_keeps_every_link(
+    export: Write, settings: Make, document: Make, order: tuple[int, int]
+) -> None:
+    """Versions of one patient, or chunks of an export: the last need not repeat the link."""
+    versions = [
+        {"resourceType": "Patient", "id": "p2", "link": [{"other": {"reference": "Patient/p1"}}]},
+        {"resourceType": "Patient", "id": "p2"},
+    ]
+    folder = export(
+        {
+            "DocumentReference.ndjson": [document(n, patient=n) for n in ("p1", "p2")],
+            "Patient.ndjson": [versions[i] for i in order],
+        }
+    )
+    assert set(load_notes(settings("fhir", folder)).units()) == {"p1"}
+
+
 @pytest.mark.parametrize(
     ("elements", "reason"),
     [

@@ -110,6 +110,16 @@ def test_without_an_anchor_a_key_that_is_left_tells_of_a_ledger_that_vanished(
     assert not path.exists()
 
 
+def test_a_key_that_lies_elsewhere_tells_of_each_ledger_that_vanished(tmp_path: Path) -> None:
+    key, path = tmp_path / "keys" / "site.key", tmp_path / "disk" / "l.sqlite"
+    Ledger(path, "notes", 8.0, 1e-5, key=key).close()
+    Ledger(path, "notes", 8.0, 1e-5, key=key).close()
+    shutil.rmtree(path.parent)
+    with pytest.raises(LedgerError, match="the ledger is gone"):
+        Ledger(path, "notes", 8.0, 1e-5, key=key)
+    Ledger(tmp_path / "disk" / "other.sqlite", "notes", 8.0, 1e-5, key=key).close()
+
+
 def test_a_ledger_that_was_emptied_is_noticed(opened: Open, tmp_path: Path) -> None:
     spend(opened)
     path = tmp_path / "disk" / "l.sqlite"
