@@ -1,8 +1,9 @@
 """What private steps cost: epsilon at a given delta, under adding or removing one unit.
 
 Authority is the privacy loss distribution of ``dp-accounting`` (a pessimistic bound); Opacus's PRV
-accountant, written by other people on other principles, must agree with it. The Gaussian-DP
-approximation is not offered: it reports less than what is spent.
+accountant, written by other people on other principles, must agree with it (``dp-accounting`` only
+tells it how wide its grid has to be). The Gaussian-DP approximation is not offered: it reports less
+than what is spent.
 
 What a figure covers. PLD (and PRV) compose mechanisms whose parameters were chosen in advance: by
 the plan, or by what the public knew before the first of them. A coordinator may instead choose the
