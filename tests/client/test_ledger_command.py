@@ -208,7 +208,9 @@ def test_nothing_is_stated_from_a_ledger_beside_which_something_left(
     spent.ledger.with_name(spent.ledger.name + ".unprotected").write_text("")
     out = tmp_path / "statement.json"
     for words in (("export", f"out={out}"), ("verify",), ("show",)):
-        assert "trained on without privacy: this ledger does not hold" in person.types(*words, code=1)
+        assert "trained on without privacy: this ledger does not hold" in person.types(
+            *words, code=1
+        )
     assert not out.exists()
 
 
