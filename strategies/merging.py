@@ -30,7 +30,8 @@ class Merge:
     ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers;
     ``kept_by_layer``: of each layer.
     ``mean_cosine``: of all pairs of hospitals, each taken as one vector; None for one hospital.
-    ``norm_ratio``: norm of the merged update over that of the exact mean; 1 when both are zero.
+    ``norm_ratio``: norm of ``adapter``'s update, after the cut to its rank, over that of the exact
+    mean before any cut; 1 when that is zero.
     """
 
     adapter: Adapter
@@ -74,7 +75,7 @@ def merge(
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
         layers[name], kept[name], size = _of_rank(update, spec.rank)
-        squared += size**2
+        squared += kept[name] * size**2
         if exact:
             figures.compare(name, update, size)
     merged = Adapter.from_deltas(layers, spec, dtype)

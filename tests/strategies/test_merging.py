@@ -211,3 +211,32 @@ def test_stacking_is_the_sum() -> None:
         assert torch.allclose(
             total.dense(), one.layers[n].dense() + other.layers[n].dense(), atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["product_mean", "karcher", "median", "iso_c", "fedavg"])
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_the_norm_ratio_is_that_of_the_adapter_that_comes_out(name: str, rank: int) -> None:
+    adapters, weights = hospitals(3, 17, shared=False), [1 / 3] * 3
+    found = merge(create(name), adapters, weights, rank=rank, dtype=torch.float64)
+    mean = mean_of_products(adapters, weights)
+    written, exact = (
+        sum(float(d.square().sum()) for d in own.values()) for own in (dense(found.adapter), mean)
+    )
+    assert found.norm_ratio == pytest.approx((written / exact) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-13, 1e-10, 1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("name", ["product_mean", "fedavg"])
+def test_the_discrepancy_of_hospitals_that_hardly_differ_is_not_rounding(
+    name: str, apart: float
+) -> None:
+    """B + D, A + E and B - D, A - E: what averaging factors gets wrong is D E."""
+    g = torch.Generator().manual_seed(3)
+    B, D = (torch.randn(40, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    A, E = (torch.randn(3, 30, generator=g, dtype=torch.float64) for _ in range(2))
+    D, E = apart * D, 1e-3 * E
+    spec = AdapterSpec(3, 3.0, ("q",))
+    pair = [Adapter(spec, {"q": LowRank(B + sign * D, A + sign * E)}) for sign in (1, -1)]
+    expected = float((D @ E).norm() / (B @ A + D @ E).norm())
+    found = merge(create(name), pair, [0.5, 0.5], rank=6).discrepancy
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-15)
