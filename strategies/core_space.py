@@ -77,7 +77,13 @@ def _real(S: Tensor) -> Tensor:
 
 
 class InCore(Strategy):
-    """A strategy that merges the cores of one layer at a time."""
+    """A strategy that merges the cores of one layer at a time, to a mean times ``strength``.
+
+    The papers of TSV-M and Iso-C sum over tasks where this takes a mean: with equal weights
+    ``strength`` = K is their sum. A round wants a mean, for it repeats the step.
+    """
+
+    strength: Annotated[float, Field(gt=0, le=10)] = 1.0
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
@@ -86,12 +92,12 @@ class InCore(Strategy):
         merged = {}
         for name, parts in deltas(adapters).items():
             core = core_of(parts)
-            merged[name] = core.back(self.merge_cores(core.cores, list(weights)))
+            merged[name] = core.back(self.merge_core(core, list(weights))) * self.strength
         return merged
 
     @abstractmethod
-    def merge_cores(self, cores: list[Tensor], weights: list[float]) -> Tensor:
-        """The merged core (R1, R2) of the hospitals' cores."""
+    def merge_core(self, core: Core, weights: list[float]) -> Tensor:
+        """The merged core (R1, R2)."""
 
 
 class CoreTies(InCore):
@@ -104,9 +110,9 @@ class CoreTies(InCore):
     density: Annotated[float, Field(gt=0, lt=1)] = 0.5
     election: Literal["weighted", "unweighted"] = "weighted"
 
-    def merge_cores(self, cores: list[Tensor], weights: list[float]) -> Tensor:
-        """See ``InCore.merge_cores``."""
-        kept = trimmed({"": cores}, self.density, "layer")[""]
+    def merge_core(self, core: Core, weights: list[float]) -> Tensor:
+        """See ``InCore.merge_core``."""
+        kept = trimmed({"": core.cores}, self.density, "layer")[""]
         return fused(kept, weights, elected(kept, weights, self.election))
 
 
@@ -120,23 +126,22 @@ class IsoC(InCore):
     declared: ClassVar = Declaration(
         space="core", paper="arXiv 2502.04959", keeps=frozenset({"scale", "gauge"})
     )
-    strength: Annotated[float, Field(gt=0, le=10)] = 1.0
 
-    def merge_cores(self, cores: list[Tensor], weights: list[float]) -> Tensor:
-        """See ``InCore.merge_cores``."""
-        U, S, Vh = torch.linalg.svd(fused(cores, weights, None), full_matrices=False)
+    def merge_core(self, core: Core, weights: list[float]) -> Tensor:
+        """See ``InCore.merge_core``."""
+        U, S, Vh = torch.linalg.svd(fused(core.cores, weights, None), full_matrices=False)
         real = _real(S)
         size = S[real].sum() / max(1, int(real.sum()))
-        return self.strength * size * U[:, real] @ Vh[real]
+        return size * U[:, real] @ Vh[real]
 
 
 class TsvM(InCore):
     """TSV-M (arXiv 2412.00081): the leading singular vectors of every hospital, made orthogonal.
 
     Each hospital keeps the leading R / K components of its core; all left vectors together are
-    replaced by the nearest orthogonal ones (Procrustes), the right ones likewise, and their sum is
-    weighted. What hospitals share counts once, not K times: K equal ones merge to 1/K of their
-    leading R / K components.
+    replaced by the nearest orthogonal ones (Procrustes), the right ones likewise, and their weighted
+    mean is taken; the paper's sum is ``strength`` = K. What hospitals share counts once, not K
+    times: K equal ones merge to ``strength`` / K of their leading R / K components.
     """
 
     name: ClassVar[str] = "tsv_m"
@@ -144,21 +149,22 @@ class TsvM(InCore):
         space="core", paper="arXiv 2412.00081", keeps=frozenset({"one", "scale", "gauge"})
     )
 
-    def merge_cores(self, cores: list[Tensor], weights: list[float]) -> Tensor:
-        """See ``InCore.merge_cores``."""
-        count = -(-min(cores[0].shape) // len(cores))
-        parts = [torch.linalg.svd(core, full_matrices=False) for core in cores]
+    def merge_core(self, core: Core, weights: list[float]) -> Tensor:
+        """See ``InCore.merge_core``."""
+        count = -(-min(core.cores[0].shape) // len(core.cores))
+        parts = [torch.linalg.svd(own, full_matrices=False) for own in core.cores]
         left = torch.cat([(U * _real(S))[:, :count] for U, S, _ in parts], 1)
         right = torch.cat([(_real(S)[:, None] * Vh)[:count] for _, S, Vh in parts])
         values = torch.cat([w * S[:count] for (_, S, _), w in zip(parts, weights, strict=True)])
         return _nearest_orthogonal(left) * values @ _nearest_orthogonal(right.T).T
 
 
-class Knots(Strategy):
+class Knots(InCore):
     """KnOTS (arXiv 2410.19735): all updates side by side have one left basis; TIES on the rest.
 
     [dW_1 | ... | dW_K] = U S [V_1 | ... | V_K]; the S V_k are aligned, so their entries can be
-    compared.
+    compared. TIES on them leaves the rows that the hospitals span, which the paper lets pass: here
+    the result is projected back onto these, U (TIES of S V_k) V^T V.
     """
 
     name: ClassVar[str] = "knots"
@@ -167,20 +173,13 @@ class Knots(Strategy):
     )
     density: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
-        merged = {}
-        for name, parts in deltas(adapters).items():
-            core = core_of(parts)
-            beside = torch.cat(core.cores, 1)
-            U = svd(LowRank(torch.eye(len(beside), dtype=beside.dtype), beside)).U
-            aligned = [U.T @ own @ core.V for own in core.cores]
-            kept = trimmed({"": aligned}, self.density, "layer")[""]
-            right = fused(kept, weights, elected(kept, weights, "weighted"))
-            merged[name] = LowRank(core.U @ U, right)
-        return merged
+    def merge_core(self, core: Core, weights: list[float]) -> Tensor:
+        """See ``InCore.merge_core``."""
+        beside = torch.cat(core.cores, 1)
+        U = svd(LowRank(torch.eye(len(beside), dtype=beside.dtype), beside)).U
+        aligned = [U.T @ own @ core.V for own in core.cores]
+        kept = trimmed({"": aligned}, self.density, "layer")[""]
+        return U @ fused(kept, weights, elected(kept, weights, "weighted")) @ core.V.T
 
 
 def _nearest_orthogonal(columns: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def fused(
     for w, d in zip(weights, own, strict=True):
         agrees = d * signs > 0
         total += torch.where(agrees, w * d, 0.0)
-        weight += torch.where(agrees, w, 0.0)
+        weight.add_(agrees, alpha=w)  # ``where`` of two bare numbers is float32
     if agreeing == "sum":
         return total
     return torch.where(weight > 0, total / weight.clamp(min=1e-300), 0.0)

@@ -2,7 +2,7 @@
 
 Up to the trimmed share of hospitals may send anything at all, and every entry of the result still
 lies within the range of the others'. Hospitals count equally: a weight would be a way to lie, so
-unequal ones are refused.
+unequal ones are refused. Of two hospitals nobody can say who lies, so both rules need three.
 """
 
 from __future__ import annotations
@@ -19,15 +19,25 @@ from strategies.entries import dense
 
 
 class Median(Strategy):
-    """Median of every entry; of an even number of hospitals, the mean of the middle two."""
+    """Median of every entry; of an even number of hospitals, the mean of the middle two.
+
+    Fewer than half of the hospitals may lie.
+    """
 
     name: ClassVar[str] = "median"
-    declared: ClassVar = Declaration(space="entries", paper="arXiv 1803.01498", weighted=False)
+    declared: ClassVar = Declaration(
+        space="entries",
+        paper="arXiv 1803.01498",
+        keeps=frozenset({"equal", "scale", "gauge"}),
+        weighted=False,
+    )
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
+        """See ``Strategy.combine``. Raises MergeError with fewer than three hospitals."""
+        if len(adapters) < 3:
+            raise MergeError(f"{self.name} needs at least 3 hospitals")
         return {
             name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense(adapters).items()
         }

@@ -1,8 +1,10 @@
 """Norm bounding (Sun et al., arXiv 1911.07963): no hospital's update counts for more than a bound.
 
-The bound is a multiple of the median norm, so that it needs no knowledge of scale; hospitals that
-learned nothing have no say in it. What is longer is shortened to it; then the mean is taken. One
-hospital that lies moves the mean by a bounded step, from three on.
+The bound is a multiple of the median norm (of an even number, the smaller of the middle two), so
+that it needs no knowledge of scale. What is longer is shortened to it; then the mean is taken. As
+long as no more than half of the hospitals lie, none counts for more than the multiple of the
+longest honest update. Those that learned nothing count too: without them one liar would set the
+bound. So where at least half learned nothing, nothing is merged.
 """
 
 from __future__ import annotations
@@ -27,7 +29,5 @@ class NormBound(FromInnerProducts):
     def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
         """See ``FromInnerProducts.coefficients``."""
         size = norms(products)
-        if not size.any():
-            return weights
-        bound = self.multiple * size[size > 0].quantile(0.5)  # of two, their mean
+        bound = self.multiple * size.median()
         return weights * torch.where(size > bound, bound / size.clamp(min=1e-300), 1.0)

@@ -245,8 +245,7 @@ def test_spectral_merges_stay_within_what_the_hospitals_span(name: str) -> None:
     found = ours(name, own, WEIGHTS)
     inside = core.U @ core.U.T @ found
     assert gap(inside, found) < 1e-10
-    if name != "knots":  # whose election on entries may leave the span of rows
-        assert gap(found @ core.V.T @ core.V, found) < 1e-10
+    assert gap(found @ core.V.T @ core.V, found) < 1e-10
 
 
 def test_iso_c_makes_all_singular_values_equal_to_their_mean() -> None:
@@ -290,16 +289,35 @@ def test_krum_leaves_the_liar_out_and_chooses_a_hospital_of_its_own() -> None:
     assert min(gap(one, dense(a)) for a in honest) < 1e-6
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_the_bound_is_the_middle_norm_of_those_that_learned(count: int) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "bound"),
+    [([1, 2], 1), ([1, 2, 3], 2), ([1, 2, 3, 4], 2), ([0, 1, 2], 1), ([0, 1, 2, 3], 1)],
+)
+def test_the_bound_is_the_middle_norm_of_all(lengths: list[float], bound: float) -> None:
     one = hospitals(1)[0]
-    grown = [Adapter(one.spec, {"q": one.layers["q"] * float(k)}) for k in range(1, count + 1)]
-    silent = Adapter(one.spec, {"q": one.layers["q"] * 0.0})
-    expected = sum(min(k, (count + 1) / 2) for k in range(1, count + 1))
-    for hospital in ([], [silent]):
-        k = count + len(hospital)
-        found = ours("norm_bound", [*grown, *hospital], [1 / k] * k)
-        assert gap(found, dense(one) * expected / k) < 1e-6
+    grown = [Adapter(one.spec, {"q": one.layers["q"] * float(k)}) for k in lengths]
+    expected = sum(min(k, bound) for k in lengths) / len(lengths)
+    found = ours("norm_bound", grown, [1 / len(lengths)] * len(lengths))
+    assert gap(found, dense(one) * expected) < 1e-6
+
+
+@pytest.mark.parametrize("honest", [1, 2, 3, 4])
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_bound_holds_beside_one_hospital_and_beside_silent_ones(
+    honest: int, silent: bool
+) -> None:
+    own = [Adapter(a.spec, {"q": a.layers["q"] * (not silent)}) for a in hospitals(honest)]
+    longest = max(float(dense(a).norm()) for a in own)
+    liar = Adapter(own[0].spec, {"q": hospitals(1, seed=9)[0].layers["q"] * 1e9})
+    found = ours("norm_bound", [liar, *own], [1 / (honest + 1)] * (honest + 1), multiple=2.0)
+    assert float(found.norm()) <= 2.0 * longest + 1e-9
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_of_two_hospitals_nobody_can_say_who_lies(name: str) -> None:
+    for count in (1, 2):
+        with pytest.raises(MergeError, match=f"{name} .*needs at least 3 hospitals"):
+            ours(name, hospitals(count), [1 / count] * count)
 
 
 def test_krum_cannot_choose_those_that_may_lie() -> None:
