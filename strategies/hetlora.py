@@ -12,41 +12,66 @@ cut beats. A hospital that prunes its own rank by its data would tell of them; o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
-from strategies.base import EVERY_PART, Declaration, Draw, Strategy, Update, deltas
+from strategies.base import EVERY_PART, Declaration, Update
+from strategies.streaming import Stream, Streaming
+
+_LEAST = 1e-150  # norm of an update of zero: beside another it counts for nothing
 
 
-class HetLoRA(Strategy):
+class HetLoRA(Streaming):
     """Mean of padded factors, each hospital weighted by the norm of its update."""
 
     name: ClassVar[str] = "hetlora"
     declared: ClassVar = Declaration(
         space="factors",
         paper="arXiv 2401.06432",
+        streams=True,
         keeps=frozenset({"one", "equal", "scale"}),
         trains=(*EVERY_PART, "core"),
     )
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
-        merged = {}
-        for name, parts in deltas(adapters).items():
-            sizes = [w * part.norm() for w, part in zip(weights, parts, strict=True)]
-            total = sum(sizes)
-            shares = [size / total for size in sizes] if total else weights
-            rank = max(part.rank for part in parts)
-            (m, n), kind = parts[0].shape, parts[0].B.dtype
-            B, A = torch.zeros(m, rank, dtype=kind), torch.zeros(rank, n, dtype=kind)
-            for share, part in zip(shares, parts, strict=True):
-                B[:, : part.rank] += share * part.B
-                A[: part.rank] += share * part.A
-            merged[name] = LowRank(B, A)
-        return merged
+    def stream(self) -> Stream:
+        """See ``Streaming.stream``."""
+        sums = _PaddedSums()
+        return Stream(sums.add, sums.means)
+
+
+class _PaddedSums:
+    """sum_k p_k s_k B_k and sum_k p_k A_k by layer, at the largest rank so far, and sum_k p_k."""
+
+    def __init__(self) -> None:
+        self._factors: dict[str, LowRank] = {}
+        self._shares: dict[str, float] = {}
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        for name, layer in adapter.layers.items():
+            part = layer.to(torch.float64) * adapter.spec.scale
+            share = weight * max(part.norm(), _LEAST)
+            old = self._factors.get(name, LowRank(part.B[:, :0], part.A[:0]))
+            rank = max(old.rank, part.rank)
+            total, own = _padded(old, rank), _padded(part, rank)
+            self._factors[name] = LowRank(total.B + share * own.B, total.A + share * own.A)
+            self._shares[name] = self._shares.get(name, 0.0) + share
+
+    def means(self) -> Mapping[str, Update]:
+        return {
+            name: LowRank(total.B / self._shares[name], total.A / self._shares[name])
+            for name, total in self._factors.items()
+        }
+
+
+def _padded(part: LowRank, rank: int) -> LowRank:
+    (m, n), more = part.shape, rank - part.rank
+    if not more:
+        return part
+    return LowRank(
+        torch.cat([part.B, part.B.new_zeros(m, more)], 1),
+        torch.cat([part.A, part.A.new_zeros(more, n)]),
+    )

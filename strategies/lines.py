@@ -3,7 +3,9 @@
     layer l of L:   (first + (last - first) l / (L - 1)) dW_l
 
 General features lie in the first layers, what a task needs in the last. It wraps any strategy:
-``strategy=lines strategy.of=ties``. Layers without a number in their path count as first.
+``strategy=lines strategy.of=ties``. Layers without a number in their path count as first. An adapter
+does not say how many blocks its model has: unless ``blocks`` does, L is the last adapted block's
+number plus one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pydantic import Field
 
 from adapters.adapter import Adapter
 from adapters.statistics import Statistic
-from strategies.base import Declaration, Draw, Strategy, Update
+from strategies.base import Declaration, Draw, MergeError, Strategy, Update
 
 _DEPTH = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -32,6 +34,7 @@ class Lines(Strategy):
     parameters: dict[str, Any] = Field(default_factory=dict)  # of that strategy
     first: Annotated[float, Field(ge=0, le=10)] = 0.5
     last: Annotated[float, Field(ge=0, le=10)] = 1.0
+    blocks: Annotated[int, Field(ge=1)] | None = None  # L; None: up to the last adapted one
 
     @property
     def statistics(self) -> Statistic | None:
@@ -51,7 +54,7 @@ class Lines(Strategy):
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
+        """See ``Strategy.combine``. Raises MergeError when the model has more than ``blocks``."""
         merged = self._wrapped.combine(adapters, weights, draw)
         factors = self.factors(merged)
         return {name: update * factors[name] for name, update in merged.items()}
@@ -63,10 +66,13 @@ class Lines(Strategy):
         return create(self.of, self.parameters)
 
     def factors(self, layers: Iterable[str]) -> dict[str, float]:
-        """By what each of all layers of a model is scaled."""
+        """By what each of these layers is scaled. Raises MergeError as ``combine`` does."""
         depths = {name: int(d[1]) if (d := _DEPTH.search(name)) else 0 for name in layers}
-        deepest = max(max(depths.values()), 1)
+        deepest = max(depths.values())
+        if self.blocks is not None and deepest >= self.blocks:
+            raise MergeError(f"lines: block {deepest} is adapted, strategy.blocks={self.blocks}")
+        top = max((self.blocks or deepest + 1) - 1, 1)
         return {
-            name: self.first + (self.last - self.first) * depth / deepest
+            name: self.first + (self.last - self.first) * depth / top
             for name, depth in depths.items()
         }

@@ -120,7 +120,10 @@ def test_krum(liars: int, chosen: int | None) -> None:
         g = torch.Generator().manual_seed(seed)
         own = []
         for k in range(7):
-            B, A = torch.randn(12, 2, generator=g).double(), torch.randn(2, 10, generator=g).double()
+            B, A = (
+                torch.randn(12, 2, generator=g).double(),
+                torch.randn(2, 10, generator=g).double(),
+            )
             own.append(Adapter(AdapterSpec(2, 2.0, ("q",)), {"q": LowRank(B * 1.1**k, A)}))
         flat = torch.stack([d.flatten() for d in dense(own, "q")])
         nearest = torch.cdist(flat, flat).square().sort(1).values[:, 1 : 7 - liars - 2 + 1]

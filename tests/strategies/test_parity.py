@@ -347,3 +347,16 @@ def test_lines_scales_by_depth() -> None:
     found = merge(create("lines", {"first": 0.2, "last": 1.0}), [one], [1.0]).adapter
     for name, factor in zip(names, (0.2, 0.4, 0.6, 0.8, 1.0), strict=True):
         assert gap(found.deltas()[name].dense(), one.deltas()[name].dense() * factor) < 1e-6
+
+
+def test_lines_counts_the_blocks_of_the_model_where_it_is_told_how_many() -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    for blocks, expected in (
+        (None, (0.5, 0.75, 1.0)),
+        (3, (0.5, 0.75, 1.0)),
+        (9, (0.5, 0.5625, 0.625)),
+    ):
+        found = create("lines", {"blocks": blocks}).factors(names)  # type: ignore[attr-defined]
+        assert tuple(found.values()) == expected
+    with pytest.raises(MergeError, match=r"block 2 is adapted, strategy\.blocks=2"):
+        create("lines", {"blocks": 2}).factors(names)  # type: ignore[attr-defined]

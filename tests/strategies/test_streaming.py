@@ -79,12 +79,26 @@ def all_at_once(name: str, adapters: list[Adapter], weights: list[float]) -> dic
         return dense(product_means(adapters, weights))
     if name == "task_arithmetic":
         return dense(product_means(adapters, [0.4 * len(adapters) * w for w in weights]))
+    if name == "hetlora":
+        return {n: padded_mean(parts, weights) for n, parts in deltas(adapters).items()}
     raise AssertionError(name)
+
+
+def padded_mean(parts: list[LowRank], weights: list[float]) -> Tensor:
+    """Mean of B times mean of A, both filled with zeros, by the norms of the products."""
+    sizes = [w * float(p.dense().norm()) for w, p in zip(weights, parts, strict=True)]
+    shares = [size / sum(sizes) for size in sizes]
+    rank = max(p.rank for p in parts)
+    B = [torch.nn.functional.pad(p.B, (0, rank - p.rank)) for p in parts]
+    A = [torch.nn.functional.pad(p.A, (0, 0, 0, rank - p.rank)) for p in parts]
+    mean_B = sum(s * b for s, b in zip(shares, B, strict=True))
+    mean_A = sum(s * a for s, a in zip(shares, A, strict=True))
+    return mean_B @ mean_A
 
 
 def test_which_strategies_stream() -> None:
     assert set(STREAMING) == {
-        "product_mean", "fedavg", "ffa", "rolora", "fedsvd", "task_arithmetic",
+        "product_mean", "fedavg", "ffa", "rolora", "fedsvd", "task_arithmetic", "hetlora",
     }  # fmt: skip
     assert all(kind.declared.streams for kind in OURS if issubclass(kind, Streaming))
 
