@@ -139,7 +139,7 @@ class TsvM(InCore):
     """TSV-M (arXiv 2412.00081): the leading singular vectors of every hospital, made orthogonal.
 
     Each hospital keeps the leading R / K components of its core; all left vectors together are
-    replaced by the nearest orthogonal ones (Procrustes), the right ones likewise, and their weighted
+    replaced by the nearest orthogonal ones (Procrustes), the right ones likewise, and the weighted
     mean is taken; the paper's sum is ``strength`` = K. What hospitals share counts once, not K
     times: K equal ones merge to ``strength`` / K of their leading R / K components.
     """

@@ -3,9 +3,9 @@
     layer l of L:   (first + (last - first) l / (L - 1)) dW_l
 
 General features lie in the first layers, what a task needs in the last. It wraps any strategy:
-``strategy=lines strategy.of=ties``. Layers without a number in their path count as first. An adapter
-does not say how many blocks its model has: unless ``blocks`` does, L is the last adapted block's
-number plus one.
+``strategy=lines strategy.of=ties``. Layers without a number in their path count as first. An
+adapter does not say how many blocks its model has: unless ``blocks`` does, L is the number of the
+last adapted block plus one.
 """
 
 from __future__ import annotations

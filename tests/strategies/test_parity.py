@@ -15,7 +15,6 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
 from strategies.base import Draw, MergeError
 from strategies.core_space import core_of
-from strategies.entries import dropped
 from strategies.merging import merge
 from strategies.registry import create
 
@@ -112,38 +111,63 @@ def test_peft_divides_by_how_many_agree_so_weights_that_sum_to_one_shrink_its_ti
     assert gap(peft * 3, mine) < 1e-6
 
 
-def test_dare_keeps_the_expectation_and_mergekit_keeps_the_norm() -> None:
-    update = dense(hospitals(1)[0])
-    g = torch.Generator().manual_seed(1)
-    mean = sum(dropped(update, 0.3, g) for _ in range(4000)) / 4000
-    assert gap(mean, update) < 0.05
-    one = dropped(update, 0.3, torch.Generator().manual_seed(2))
-    kept = one != 0
-    assert torch.allclose(one[kept], update[kept] / 0.3)
-    assert 0.15 < float(kept.double().mean()) < 0.45
+def test_dare_divides_by_the_probability_and_mergekit_keeps_the_sum_of_magnitudes() -> None:
+    own = hospitals(1)
+    update = dense(own[0])
+    kind = create("dare", {"density": 0.3, "elect": False})
+    drawn = [kind.combine(own, [1.0], Draw("r", i))["q"] for i in range(4000)]
+    assert gap(sum(drawn) / 4000, update) < 0.05
+    kept = drawn[0] != 0
+    assert torch.allclose(drawn[0][kept], update[kept] / 0.3)
+    assert float(torch.stack([d != 0 for d in drawn]).double().mean()) == pytest.approx(
+        0.3, rel=0.01
+    )
+    torch.manual_seed(0)
+    other = theirs("dare_linear", own, weight=[1.0], density=0.3)
+    kept = other != 0
+    ratio = float(update.abs().sum() / update[kept].abs().sum())
+    assert abs(ratio - 1 / 0.3) > 0.1
+    assert torch.allclose(other[kept], update[kept] * ratio)
 
 
-def test_della_keeps_the_largest_of_a_row_most_often() -> None:
+def test_della_keeps_the_largest_of_a_row_most_often_and_divides_by_how_often() -> None:
     own = hospitals(1)
     update = dense(own[0])
     kind = create("della", {"density": 0.5, "window": 0.4, "elect": False})
-    kept = (
-        sum((kind.combine(own, [1.0], Draw("r", i))["q"] != 0).double() for i in range(400)) / 400
-    )
-    ranks = update.abs().argsort(1).argsort(1)
-    assert float(kept[ranks == 9].mean()) == pytest.approx(0.9, abs=0.03)
-    assert float(kept[ranks == 0].mean()) == pytest.approx(0.1, abs=0.03)
-    mean = sum(kind.combine(own, [1.0], Draw("r", i))["q"] for i in range(4000)) / 4000
-    assert gap(mean, update) < 0.06
+    drawn = [kind.combine(own, [1.0], Draw("r", i))["q"] for i in range(4000)]
+    probability = 0.1 + 0.8 * update.abs().argsort(1).argsort(1) / 9
+    often = torch.stack([d != 0 for d in drawn]).double().mean(0)
+    assert float((often - probability).abs().max()) < 0.04
+    kept = drawn[0] != 0
+    assert torch.allclose(drawn[0][kept], (update / probability)[kept])
+    assert gap(sum(drawn) / 4000, update) < 0.06
+    torch.manual_seed(0)
+    other = theirs("della_linear", own, weight=[1.0], density=0.5, epsilon=0.4)
+    kept = other != 0
+    ratio = update.abs().sum() / update[kept].abs().sum()  # one for all that is kept
+    assert torch.allclose(other[kept], update[kept] * ratio)
 
 
-def test_breadcrumbs_keeps_the_middle_of_every_row() -> None:
-    own = hospitals(1)
-    update = dense(own[0])
-    kept = ours("breadcrumbs", own, [1.0], density=0.4, outliers=0.1) != 0
-    order = update.abs().argsort(1, descending=True)
-    for row in range(len(update)):
-        assert set(order[row, 1:5].tolist()) == set(kept[row].nonzero().flatten().tolist())
+def test_breadcrumbs_keeps_the_middle_of_every_row_and_mergekit_that_of_the_tensor() -> None:
+    """Where one row is a thousand times as long, its largest entries are all of mergekit's."""
+    one = hospitals(1)[0]
+    B = one.layers["q"].B.clone()
+    B[0] *= 1000
+    own = [Adapter(one.spec, {"q": LowRank(B, one.layers["q"].A)})]
+    mine = ours("breadcrumbs", own, [1.0], density=0.4, outliers=0.1)
+    other = theirs("breadcrumbs", own, weight=[1.0], density=0.4, gamma=0.1)
+    order = dense(own[0]).abs().argsort(1, descending=True)
+    for row in range(12):
+        assert set(order[row, 1:5].tolist()) == set(mine[row].nonzero().flatten().tolist())
+    assert not other[0].any()
+    order = dense(own[0]).abs().flatten().argsort(descending=True)
+    assert set(order[12:60].tolist()) == set(other.flatten().nonzero().flatten().tolist())
+
+
+def test_ties_rounds_how_many_entries_it_keeps_and_mergekit_cuts() -> None:
+    own = hospitals(1)  # 0.499 of 120 entries are 59.88
+    assert int((ours("ties", own, [1.0], density=0.499, scope="layer") != 0).sum()) == 60
+    assert int((theirs("ties", own, weight=[1.0], density=0.499) != 0).sum()) == 59
 
 
 def test_peft_adds_cross_terms_where_it_merges_factors() -> None:

@@ -64,8 +64,9 @@ def test_without_a_rank_the_weighted_sum_is_exact(
     assert report["output"]["adapter"]["fingerprint"] == prints[3]
 
 
-def test_peft_cat_gives_the_same_model(
-    adapters: list[Path], tiny_model: Path, tmp_path: Path, call: Call
+@pytest.mark.parametrize("rank", [None, 3])
+def test_peft_cat_and_svd_give_the_same_model(
+    rank: int | None, adapters: list[Path], tiny_model: Path, tmp_path: Path, call: Call
 ) -> None:
     """The third adapter is left out: PEFT merges rsLoRA sqrt(rank) too large."""
     two, weights = adapters[:2], [0.7, 0.5]
@@ -73,12 +74,14 @@ def test_peft_cat_gives_the_same_model(
         AutoModelForCausalLM.from_pretrained(tiny_model), str(two[0]), adapter_name="a"
     )
     live.load_adapter(str(two[1]), adapter_name="b")
-    live.add_weighted_adapter(["a", "b"], weights, "c", combination_type="cat")
+    how = "cat" if rank is None else "svd"  # ours: exact, or the best of the rank
+    live.add_weighted_adapter(["a", "b"], weights, "c", how, svd_rank=rank)
     live.set_adapter("c")
     with torch.no_grad():
         theirs = live.eval()(torch.arange(3, 20)[None]).logits
     models = {path: {"weight": w} for path, w in zip(two, weights, strict=True)}
-    assert call(merge_method="linear", models=models, parameters={"normalize": False}) == 0
+    parameters = {"normalize": False} | ({} if rank is None else {"rank": rank})
+    assert call(merge_method="linear", models=models, parameters=parameters) == 0
     ours = logits(tiny_model, tmp_path / "out")
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, logits(tiny_model, two[0]), atol=1e-2)
