@@ -23,6 +23,8 @@ def test_what_is_searched_follows_from_the_fields() -> None:
     assert names("task_arithmetic") == {"strength"}
     assert names("ties") == {"density", "scope", "election", "agreeing", "strength"}
     assert names("breadcrumbs") == {"density", "outliers", "elect", "agreeing", "strength"}
+    assert names("knots") == {"density", "strength"}
+    assert names("tsv_m") == {"strength"}
     assert names("krum") == {"scope"}  # its counts have no upper bound
     assert names("lines", of="ties") == {"first", "last"} | {
         f"parameters.{name}" for name in names("ties")
