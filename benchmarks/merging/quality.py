@@ -251,6 +251,8 @@ def _by_other_rules(ended: Outcome) -> Iterator[tuple[str, Adapter]]:
     }
     for shrink in ("singular", "stein"):
         rules[f"noise_aware, {shrink}"] = ("noise_aware", {"shrink": shrink})
+    for name in ("tsv_m", "iso_c"):
+        rules[f"{name}, sum"] = (name, {"strength": str(len(ended.sent))})
     for rule, (name, parameters) in rules.items():
         try:
             yield rule, merge(create(name, parameters), ended.sent, weights, ended.draw).adapter
