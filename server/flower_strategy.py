@@ -4,8 +4,9 @@ Replies hold PEFT LoRA factors (``LAYER.lora_A.weight``, ``LAYER.lora_B.weight``
 PEFT's prefix) under the names of the arrays that ``start`` was given: all of them, or all of one
 factor where the other stays as it was sent. They are merged as products; see ``strategies``.
 
-A reply that is no such thing costs its sender the round and nobody else: who was left out and why
-is in the log and in ``left_out``.
+A reply that is no such thing, or that the strategy could not merge with others (of another rank, or
+with a factor trained that should have stayed as it was sent), costs its sender the round and nobody
+else: who was left out and why is in the log and in ``left_out``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -24,7 +26,9 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterSpec
 from conf.load import ConfigError
 from server.acceptance import LARGEST
-from strategies.base import Draw, Strategy
+from strategies.base import Draw, MergeError, Strategy
+from strategies.hetlora import HetLoRA
+from strategies.lines import Lines
 from strategies.merging import Merge, merge
 from strategies.registry import create
 
@@ -33,6 +37,8 @@ log = logging.getLogger("flwr")  # where Flower's own strategies write
 _PREFIX = "base_model.model."  # PEFT's
 _A = ".lora_A.weight"
 _EQUAL = "wardround-equal-weight"  # stands for the key of weights where hospitals count equally
+_WEIGHTS = 1e-6, 1e12  # of a hospital; beyond, the others would vanish beside it, or it beside them
+_ROOM = 100  # by how much a strategy and LoRA's scale may enlarge the longest update of a hospital
 
 
 class _LeftOut(ValueError):
@@ -69,9 +75,10 @@ class MergeStrategy(FedAvg):
         All other parameters of Flower's ``FedAvg``.
 
     Raises ConfigError for an unknown strategy or parameter, or one that needs statistics, which
-    these messages do not carry. A round raises MergeError when the strategy does not fit the
-    replies (``ffa`` where A was trained, say), as no round after it would do better; with no usable
-    reply at all, the arrays stay as they were.
+    these messages do not carry. With no usable reply at all, or with too few for the strategy as
+    some were left out, the arrays stay as they were. A round raises MergeError when every hospital
+    has answered as it should and the strategy still cannot merge that many: no later round would do
+    better.
     """
 
     def __init__(
@@ -107,6 +114,10 @@ class MergeStrategy(FedAvg):
         self.left_out: dict[int, dict[int, str]] = {}  # round -> node -> reason
         self._sent: _Sent | None = None
         self._asked: list[Message] = []
+        inner = _innermost(made)
+        # HetLoRA pads; all others that act on factors need them of one shape.
+        self._one_rank = inner.declared.space == "factors" and not isinstance(inner, HetLoRA)
+        self._kept = _kept_factors(inner)
 
     def summary(self) -> None:
         log.info("\t├──> Merge: %s %s", self.strategy.name, self.strategy.model_dump())
@@ -131,23 +142,26 @@ class MergeStrategy(FedAvg):
         if self._sent is None:
             raise RuntimeError("configure_train has not been called")
         good, left_out = self._sorted(replies)
+        left_out |= self._moved_what_was_frozen(good)
+        good = {node: one for node, one in good.items() if node not in left_out}
         for node, reason in sorted(left_out.items()):
             log.warning("round %d: node %d left out: %s", server_round, node, reason)
         self.left_out[server_round] = left_out
         if not good:
             return None, None
-        contents = [content for content, _, _ in good]
-        total = math.fsum(weight for _, _, weight in good)
-        adapters = [adapter for _, adapter, _ in good]
+        contents, adapters, weights = zip(*(good[node] for node in sorted(good)), strict=True)
+        total = math.fsum(weights)
         spec = self._sent.adapter.spec
         alike = all(adapter.spec == spec for adapter in adapters)
-        found = merge(
-            self.strategy,
-            adapters,
-            [weight / total for _, _, weight in good],
-            Draw(self.run, server_round),
-            None if alike else spec.rank,
-        )
+        shares = [weight / total for weight in weights]
+        draw = Draw(self.run, server_round)
+        try:
+            found = merge(self.strategy, adapters, shares, draw, None if alike else spec.rank)
+        except MergeError as problem:
+            if not left_out:
+                raise
+            log.warning("round %d: nothing was merged: %s", server_round, problem)
+            return None, None
         metrics = self._metrics(contents, self.train_metrics_aggr_fn) or MetricRecord()
         metrics.update({"merge-hospitals": len(good), **_report(found)})
         merged = found.adapter if alike else Adapter.from_deltas(found.adapter.deltas(), spec)
@@ -160,8 +174,16 @@ class MergeStrategy(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Weighted mean of the metrics; None when they do not fit together."""
-        contents = [reply.content for reply in replies if not reply.has_error()]
+        """Weighted mean of the metrics, of whom a weight is known; None when they do not fit."""
+        contents = []
+        for reply in replies:
+            try:
+                self._weight(reply)
+            except _LeftOut as reason:
+                node = reply.metadata.src_node_id
+                log.warning("round %d: metrics of node %d left out: %s", server_round, node, reason)
+            else:
+                contents.append(reply.content)
         return self._metrics(contents, self.evaluate_metrics_aggr_fn)
 
     def _read(self, arrays: ArrayRecord) -> _Sent:
@@ -181,8 +203,8 @@ class MergeStrategy(FedAvg):
 
     def _sorted(
         self, replies: Iterable[Message]
-    ) -> tuple[list[tuple[RecordDict, Adapter, float]], dict[int, str]]:
-        """Replies that can be merged, with adapter and weight, in the order of nodes; the others.
+    ) -> tuple[dict[int, tuple[RecordDict, Adapter, float]], dict[int, str]]:
+        """By node, replies that are sound, with adapter and weight; why the others are not.
 
         A reply belongs to the node that it answers for; its sender may be the SuperLink.
         """
@@ -194,17 +216,40 @@ class MergeStrategy(FedAvg):
             node = asked.get(meta.reply_to_message_id, meta.src_node_id)
             left_out.pop(node, None)
             try:
-                adapter, weight = self._accept(reply), self._weight(reply)
+                weight, adapter = self._weight(reply), self._accept(reply)
                 good[node] = reply.content, adapter, weight
             except _LeftOut as reason:
                 left_out[node] = str(reason)
-        return [good[node] for node in sorted(good)], left_out
+        return good, left_out
+
+    def _moved_what_was_frozen(
+        self, good: Mapping[int, tuple[RecordDict, Adapter, float]]
+    ) -> dict[int, str]:
+        """Why, of hospitals that changed the factor which the strategy needs shared.
+
+        Of two that may be it is the one that more of them kept, so that few cannot choose it.
+        """
+        if not self._kept:
+            return {}
+        assert self._sent is not None
+        sent = self._sent.adapter.layers
+        moved = {
+            factor: {
+                node
+                for node, (_, adapter, _) in good.items()
+                if not all(
+                    getattr(layer, factor).equal(getattr(sent[name], factor))
+                    for name, layer in adapter.layers.items()
+                )
+            }
+            for factor in self._kept
+        }
+        factor = min(self._kept, key=lambda f: len(moved[f]))
+        return dict.fromkeys(moved[factor], f"lora_{factor} is not as it was sent")
 
     def _accept(self, reply: Message) -> Adapter:
         """The hospital's adapter. Raises _LeftOut."""
         assert self._sent is not None
-        if reply.has_error():  # its text may quote what a hospital was working on
-            raise _LeftOut(f"Flower error {reply.error.code}")
         try:
             (arrays,) = reply.content.array_records.values()
             tensors = {n.removeprefix(_PREFIX): t for n, t in _tensors(arrays).items()}
@@ -221,20 +266,33 @@ class MergeStrategy(FedAvg):
         expected = self._sent.adapter.layers
         if any(layer.shape != expected[name].shape for name, layer in adapter.layers.items()):
             raise _LeftOut("factors of another shape")
+        rank, sent = adapter.spec.rank, self._sent.adapter.spec.rank
+        most = max(sent, min(min(layer.shape) for layer in expected.values()))
+        if rank != sent and (self._one_rank or not 1 <= rank <= most):
+            allowed = f"{sent}" if self._one_rank else f"1 to {most}"
+            raise _LeftOut(f"factors of rank {rank}, not {allowed}")
         if not adapter.is_finite():
             raise _LeftOut("factors hold NaN or infinity")
         if any(tensor.abs().max() > LARGEST for tensor in tensors.values()):
             raise _LeftOut("factors impossibly large")
+        room = min(torch.finfo(t.dtype).max for t in self._sent.tensors.values()) / _ROOM
+        if any(layer.norm() > room for layer in adapter.layers.values()):
+            raise _LeftOut("updates too large for the type that was sent")
         return adapter
 
     def _weight(self, reply: Message) -> float:
         """What the hospital counts, before normalisation. Raises _LeftOut."""
+        if reply.has_error():  # its text may quote what a hospital was working on
+            raise _LeftOut(f"Flower error {reply.error.code}")
+        if not isinstance(reply.content, RecordDict):  # Flower hands on whatever it was sent
+            raise _LeftOut("no records")
         if self.weighted_by_key == _EQUAL:
             return 1.0
         records = list(reply.content.metric_records.values())
         weight = records[0].get(self.weighted_by_key) if len(records) == 1 else None
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise _LeftOut(f"metric {self.weighted_by_key} is no positive number")
+        least, most = _WEIGHTS
+        if not isinstance(weight, int | float) or not least <= weight <= most:
+            raise _LeftOut(f"metric {self.weighted_by_key} is no number from {least:g} to {most:g}")
         return float(weight)
 
     def _metrics(self, contents: Sequence[RecordDict], mean: Any) -> MetricRecord | None:
@@ -259,6 +317,21 @@ class MergeStrategy(FedAvg):
             return None
         result: MetricRecord = mean(found, key)
         return result
+
+
+def _innermost(strategy: Strategy) -> Strategy:
+    """What acts on the factors, where a strategy wraps another."""
+    while isinstance(strategy, Lines):
+        strategy = create(strategy.of, strategy.parameters)
+    return strategy
+
+
+def _kept_factors(strategy: Strategy) -> tuple[str, ...]:
+    """The factors of which one must come back as it was sent; none where both may move."""
+    trained = strategy.declared.trains
+    if strategy.declared.space != "factors" or "both" in trained:
+        return ()
+    return tuple(kept for kept, moved in (("A", "B"), ("B", "A")) if moved in trained)
 
 
 def _tensors(arrays: ArrayRecord) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ Answer = Callable[[Message], Message | None]
 class LocalGrid(Grid):
     """Hands each message to a hospital in this process, and its reply back when it is asked for."""
 
-    def __init__(self, hospitals: dict[int, Answer], keys: dict[int, str] | None = None) -> None:
+    def __init__(self, hospitals: Mapping[int, Answer], keys: dict[int, str] | None = None) -> None:
         self.hospitals, self.keys = hospitals, keys or {}
         self.asked: list[tuple[int, int]] = []  # round and node of every task sent
         self._replies: dict[str, Message] = {}

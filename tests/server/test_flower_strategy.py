@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -68,6 +68,15 @@ def hospital(seed: int, message: Message, rank: int = 2, changed: Change | None 
     if changed:
         changed(answer.content)
     return answer
+
+
+def trained(moved: str, seed: int, message: Message) -> Message:
+    """Adds ``seed`` to the factors named, and sends all."""
+    sent = arrays_of(message.content)
+    return reply(
+        message, {n: t + seed if any(f"lora_{f}." in n for f in moved) else t
+                  for n, t in sent.items()}
+    )  # fmt: skip
 
 
 def hospitals(**options: Any) -> dict[int, Callable[[Message], Message | None]]:
@@ -170,121 +179,6 @@ def test_ranks_may_differ_and_then_alpha_counts(local_grid: Grids) -> None:
     assert gap(found, best_of_rank(expected, 2)) < 1e-6
 
 
-# --- replies that are no use --------------------------------------------------------------------
-
-
-def change(alter: Callable[[dict[str, Tensor]], dict[str, Tensor]], content: RecordDict) -> None:
-    content["arrays"] = ArrayRecord(alter(arrays_of(content)))
-
-
-def cut(content: RecordDict) -> None:
-    for array in content.array_records["arrays"].values():
-        array.data = array.data[:40]
-
-
-def second_record(content: RecordDict) -> None:
-    content["more"] = ArrayRecord(factors(5))
-
-
-BAD: dict[str, tuple[Change, str]] = {
-    "nan": (
-        partial(change, lambda t: {n: x * float("nan") for n, x in t.items()}),
-        "factors hold NaN or infinity",
-    ),
-    "huge": (
-        partial(change, lambda t: {n: x * 1e30 for n, x in t.items()}),
-        "factors impossibly large",
-    ),
-    "integers": (
-        partial(change, lambda t: {n: x.int() for n, x in t.items()}),
-        "not one record of arrays",
-    ),
-    "names": (
-        partial(change, lambda t: {f"evil.{n}": x for n, x in t.items()}),
-        "factors missing or unexpected",
-    ),
-    "part": (
-        partial(change, lambda t: dict(list(t.items())[1:])),
-        "factors missing or unexpected",
-    ),
-    "shape": (
-        partial(change, lambda t: {n: x[:, :-1] if "_A" in n else x for n, x in t.items()}),
-        "factors of another shape",
-    ),
-    "cut": (cut, "not one record of arrays"),
-    "two records": (second_record, "not one record of arrays"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(
-    kind: str, local_grid: Grids, caplog: pytest.LogCaptureFixture
-) -> None:
-    changed, reason = BAD[kind]
-    strategy = only_train()
-    with caplog.at_level("WARNING", "flwr"):
-        own = hospitals() | {12: partial(hospital, 2, changed=changed)}
-        result = start(strategy, local_grid(own))
-    expected = best_of_rank(mean((1, 3), [0.5, 0.5]), 2)
-    assert gap(products(result.arrays.to_torch_state_dict()), expected) < 1e-6
-    assert strategy.left_out == {1: {12: reason}}
-
-
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), [1, 2], None])
-def test_a_weight_that_is_no_positive_number_leaves_its_sender_out(
-    weight: Any, local_grid: Grids
-) -> None:
-    def lies(content: RecordDict) -> None:
-        if weight is None:
-            del content["metrics"]
-        else:
-            content.metric_records["metrics"]["num-examples"] = weight
-
-    strategy = only_train(weighted_by_key="num-examples")
-    start(strategy, local_grid(hospitals() | {13: partial(hospital, 3, changed=lies)}))
-    assert strategy.left_out == {1: {13: "metric num-examples is no positive number"}}
-
-
-def test_errors_and_silence_are_left_out_under_the_node_that_was_asked(local_grid: Grids) -> None:
-    def gone(message: Message) -> Message:
-        answer = Message(error=Error(code=5, reason="Mrs Miller, 64"), reply_to=message)
-        answer.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers
-        return answer
-
-    strategy = only_train()
-    result = start(strategy, local_grid(hospitals() | {11: gone, 12: lambda _: None}))
-    assert strategy.left_out == {1: {11: "Flower error 5", 12: "no answer in time"}}
-    expected = products(factors(3))
-    assert gap(products(result.arrays.to_torch_state_dict()), expected) < 1e-6
-
-
-def test_without_a_usable_reply_the_arrays_stay_as_they_were(local_grid: Grids) -> None:
-    bad, _ = BAD["nan"]
-    grid = local_grid(hospitals(changed=bad))
-    strategy = only_train()
-    assert not start(strategy, grid, 2).arrays  # as with Flower's own: no round gave any
-    assert set(strategy.left_out) == {1, 2}
-
-
-def test_metrics_that_differ_are_not_averaged_and_stop_nothing(local_grid: Grids) -> None:
-    def other(content: RecordDict) -> None:
-        content["metrics"] = MetricRecord({"accuracy": 1.0})
-
-    result = start(
-        only_train(), local_grid(hospitals() | {11: partial(hospital, 1, changed=other)})
-    )
-    metrics = result.train_metrics_clientapp[1]
-    assert "loss" not in metrics
-    assert metrics["merge-hospitals"] == 3
-
-
-def test_evaluation_metrics_are_averaged(local_grid: Grids) -> None:
-    result = start(MergeStrategy(min_evaluate_nodes=3), local_grid(hospitals()))
-    assert dict(result.evaluate_metrics_clientapp[1]) == pytest.approx(
-        {"num-examples": 2.0, "loss": 2.0}
-    )
-
-
 # --- mistakes of the user -----------------------------------------------------------------------
 
 
@@ -304,8 +198,8 @@ def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
     for arrays in ({"conv.weight": torch.ones(2, 2)}, factors(0) | {"head.weight": torch.ones(2)}):
         with pytest.raises(ValueError, match=r"LoRA factor|no factor"):
             only_train().start(local_grid(hospitals()), ArrayRecord(arrays), num_rounds=1)
-    with pytest.raises(MergeError, match="ffa needs the same A"):
-        start(only_train("ffa"), local_grid(hospitals()))
+    with pytest.raises(MergeError, match="slerp merges two"):
+        start(only_train("slerp"), local_grid(hospitals()))
 
 
 # --- Flower's own engine ------------------------------------------------------------------------
