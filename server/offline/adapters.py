@@ -1,8 +1,8 @@
 """Merging PEFT LoRA folders: checked against each other, merged in product space, of one rank.
 
 Ranks, alpha and rsLoRA may differ. Factors are taken to float64 before anything is scaled, so the
-merged update is exact up to the rounding of the factors that are saved; a smaller rank than it has
-gives its best approximation.
+merged update is exact up to the rounding of the factors that are saved; a cap below its rank gives
+the best approximation of that rank.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class AdapterFolder:
     base_model: str  # as its configuration names it; may be empty
     everywhere: bool  # its targets name modules of every layer, not of some
     fingerprint: str
+    size: int  # bytes of its factors, in the type that they are stored in
 
     @classmethod
     def open(cls, typed: str) -> AdapterFolder:
@@ -54,6 +55,7 @@ class AdapterFolder:
             config.get("base_model_name_or_path") or "",
             not partial and all(n.endswith(stored.spec.targets) for n in layers),
             stored.fingerprint(),
+            size_bytes(stored),
         )
 
 
@@ -83,18 +85,50 @@ def open_adapters(plan: Plan) -> list[AdapterFolder]:
     return opened
 
 
-def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> Merge:
-    """The merged adapter in float64, of the plan's rank or exact. Raises MergeError."""
+def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> tuple[Merge, int]:
+    """The merged adapter in float64, of the plan's rank at most, and the rank that loses nothing.
+
+    Raises MergeError.
+    """
     turned = [
         o.adapter if sign > 0 else _negative(o.adapter)
         for o, sign in zip(opened, plan.signs, strict=True)
     ]
-    narrowest = highest_rank(turned[0])
-    if plan.rank is not None and plan.rank > narrowest:
-        raise MergeError(f"parameters.rank={plan.rank}: a layer is only {narrowest} wide")
     draw = Draw(f"merge:{seed}")
-    found = merge(plan.strategy, turned, plan.weights, draw, plan.rank or "exact", torch.float64)
-    return replace(found, adapter=_named(found.adapter, opened))
+    found = merge(plan.strategy, turned, plan.weights, draw, "exact", torch.float64)
+    found = replace(found, adapter=_named(found.adapter, opened))
+    exact = found.adapter.spec.rank
+    if plan.rank is None or plan.rank >= exact:
+        return found, exact
+    kept = kept_by_layer(found.adapter, plan.rank)
+    spec = replace(found.adapter.spec, rank=plan.rank, alpha=float(plan.rank))
+    layers = {
+        name: LowRank(layer.B[:, : plan.rank], layer.A[: plan.rank])
+        for name, layer in found.adapter.layers.items()
+    }
+    cut = replace(
+        found, adapter=Adapter(spec, layers), kept_energy=min(kept.values()), kept_by_layer=kept
+    )
+    return cut, exact
+
+
+def kept_by_layer(exact: Adapter, rank: int) -> dict[str, float]:
+    """Share of each layer's squared norm that its first ``rank`` columns and rows hold.
+
+    An exact merge has B = U S and A = Vh, the largest singular values first, so this is what the
+    best approximation of that rank keeps.
+    """
+    kept = {}
+    for name, layer in exact.layers.items():
+        energy = layer.B.square().sum(0)
+        total = float(energy.sum())
+        kept[name] = float(energy[:rank].sum()) / total if total else 1.0
+    return kept
+
+
+def size_bytes(adapter: Adapter) -> int:
+    """Of all factors, in the type that they have."""
+    return sum(tensor.nbytes for tensor in adapter.tensors().values())
 
 
 def highest_rank(adapter: Adapter) -> int:

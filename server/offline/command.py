@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,12 +21,12 @@ from server.offline.adapters import base_name, merge_adapters, open_adapters
 from server.offline.models import ModelMerge, fold_adapter, require_fit
 from server.offline.plan import Kind, Plan, plan
 from server.offline.recipe import Output, Recipe, read_recipe
-from server.offline.report import of_adapters, of_models, write_report
+from server.offline.report import of_adapters, of_models, summary, write_report
 from server.progress import stage_progress
 from server.whole_folder import whole_folder
 from strategies.base import MergeError
 
-Job = Callable[[Path], None]  # fills an empty folder
+Job = Callable[[Path], dict[str, Any]]  # fills an empty folder and gives the report
 
 
 def run(file: Path, out: Path, console: Console) -> Path:
@@ -47,7 +48,9 @@ def run(file: Path, out: Path, console: Console) -> Path:
     job = _adapters if kind == "adapter" else _models
     fill = job(recipe, todo, output, tokenizer, console)
     with whole_folder(out) as made:
-        fill(made)
+        report = fill(made)
+    for line in summary(report, out):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     return out
 
 
@@ -63,10 +66,10 @@ def _adapters(
         require_fit(base, opened[0].adapter)
     dtype = _dtype(recipe)
 
-    def job(folder: Path) -> None:
+    def job(folder: Path) -> dict[str, Any]:
         with stage_progress(console) as progress:
             bar = progress.add_task("merge", total=1 + (len(base.headers) if base else 0))
-            found = merge_adapters(todo, opened, recipe.seed)
+            found, exact = merge_adapters(todo, opened, recipe.seed)
             progress.advance(bar)
             # One and the same adapter, whichever form it leaves in.
             kept = dtype if output == "adapter" and dtype else torch.float32
@@ -80,8 +83,9 @@ def _adapters(
                 place = _made(folder / "model" if output == "both" else folder)
                 prints = fold_adapter(base, saved, place, dtype, lambda: progress.advance(bar))
                 copy_rest(place, base, tokenizer, dtype)
-        report = of_adapters(recipe, todo, opened, found, saved, prints)
+        report = of_adapters(recipe, todo, opened, found, exact, saved, prints)
         write_report(folder, report, began)
+        return report
 
     return job
 
@@ -102,12 +106,14 @@ def _models(
         if not same_tokenizer(model.path, source)
     ]
 
-    def job(folder: Path) -> None:
+    def job(folder: Path) -> dict[str, Any]:
         with stage_progress(console) as progress:
             bar = progress.add_task("merge", total=merge.steps)
             figures = merge.write(folder, dtype, lambda: progress.advance(bar))
         copy_rest(folder, merge.like, source, dtype)
-        write_report(folder, of_models(recipe, todo, merge, figures, notes), began)
+        report = of_models(recipe, todo, merge, figures, notes)
+        write_report(folder, report, began)
+        return report
 
     return job
 

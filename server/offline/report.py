@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, gram
-from server.offline.adapters import AdapterFolder
+from server.offline.adapters import AdapterFolder, kept_by_layer, size_bytes
 from server.offline.figures import Figures
 from server.offline.models import ModelMerge
 from server.offline.plan import Plan
@@ -35,13 +35,14 @@ def of_adapters(
     plan: Plan,
     opened: Sequence[AdapterFolder],
     found: Merge,
+    exact: int,
     saved: Adapter,
     models: tuple[str, str] | None,
 ) -> dict[str, Any]:
     """The report on merged adapters.
 
-    ``saved`` is the adapter as it is written; ``models`` the fingerprints of the base model and of
-    the merged model, where one was written.
+    ``exact`` is the rank that loses nothing; ``saved`` the adapter as it is written; ``models`` the
+    fingerprints of the base model and of the merged model, where one was written.
     """
     inputs = [
         {
@@ -54,7 +55,7 @@ def of_adapters(
         for one, weight, sign in zip(opened, plan.weights, plan.signs, strict=True)
     ]
     output: dict[str, Any] = {"adapter": {"fingerprint": saved.fingerprint()}}
-    output["adapter"] |= {"rank": saved.spec.rank, "exact": plan.rank is None}
+    output["adapter"] |= {"rank": saved.spec.rank, "exact": saved.spec.rank == exact}
     base = None
     if models is not None:
         base = {"model": plan.base_model, "fingerprint": models[0]}
@@ -70,7 +71,8 @@ def of_adapters(
     }
     about = "updates of adapters"
     layers = _layers(plan, opened, found)
-    return _report(recipe, plan, about, base, inputs, output, figures, layers, [])
+    notes = _grown(opened, found, saved) if saved.spec.rank == exact else []
+    return _report(recipe, plan, about, base, inputs, output, figures, layers, notes)
 
 
 def of_models(
@@ -90,6 +92,21 @@ def of_models(
     output = {"model": {"fingerprint": figures.fingerprint, "tensors": len(merge.like.headers)}}
     totals = figures.totals()
     return _report(recipe, plan, about, base, inputs, output, totals, figures.layers, notes)
+
+
+def summary(report: Mapping[str, Any], folder: Path) -> list[str]:
+    """What a person wants to know at once of the merge that lies in ``folder``; its notes."""
+    made, output = [], report["output"]
+    for kind in ("adapter", "model"):
+        if kind in output:
+            place = folder / kind if len(output) > 1 else folder
+            size = _megabytes(sum(f.stat().st_size for f in place.glob("*.safetensors")))
+            rank = f" of rank {output[kind]['rank']}" if kind == "adapter" else ""
+            made.append(f"{kind}{rank}, {size}")
+    kept = report["figures"].get("kept_energy", 1.0)
+    if kept < 1 - 1e-6:
+        made.append(f"keeps {_percent(kept)} of the squared norm in the layer that loses most")
+    return ["; ".join(made), *(f"note: {note}" for note in report["notes"])]
 
 
 def write_report(folder: Path, report: dict[str, Any], began: float) -> None:
@@ -126,6 +143,28 @@ def _report(
         "recipe": recipe.model_dump(mode="json", exclude_unset=True),
         "versions": {package: version(package) for package in _PACKAGES},
     }
+
+
+def _grown(opened: Sequence[AdapterFolder], found: Merge, saved: Adapter) -> list[str]:
+    """A warning when the exact adapter is larger than all that went into it."""
+    ranks, size = [one.adapter.spec.rank for one in opened], sum(one.size for one in opened)
+    own = size_bytes(saved)
+    if saved.spec.rank <= sum(ranks) and own <= size:
+        return []
+    kept = min(kept_by_layer(found.adapter, max(ranks)).values())
+    return [
+        f"the exact adapter (rank {saved.spec.rank}, {_megabytes(own)}) is larger than the inputs "
+        f"together (rank {sum(ranks)}, {_megabytes(size)}); parameters.rank: {max(ranks)} would "
+        f"keep {_percent(kept)}"
+    ]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3g} MB"
+
+
+def _percent(share: float) -> str:
+    return f"{math.floor(1000 * share) / 10:g} %"  # never says that all is kept of what is not
 
 
 def _layers(plan: Plan, opened: Sequence[AdapterFolder], found: Merge) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +119,50 @@ def test_a_rank_gives_the_best_approximation(
     assert report["output"]["adapter"] | {"fingerprint": ""} == {
         "fingerprint": "", "rank": 3, "exact": False,
     }  # fmt: skip
+
+
+def test_a_rank_is_a_cap(adapters: list[Path], tmp_path: Path, call: Call) -> None:
+    """Above what the merge has (4 + 2 + 3) it changes nothing, however wide the layers are."""
+    assert call(tmp_path / "exact", merge_method="linear", models=adapters) == 0
+    exact = load_file(tmp_path / "exact" / "adapter_model.safetensors")
+    for rank in (9, 20, 33):
+        out = tmp_path / str(rank)
+        assert call(out, merge_method="linear", models=adapters, parameters={"rank": rank}) == 0
+        report = json.loads((out / "merge_report.json").read_text())
+        assert report["output"]["adapter"]["rank"] == 9
+        assert report["output"]["adapter"]["exact"] is True
+        assert report["figures"]["kept_energy"] == 1
+        found = load_file(out / "adapter_model.safetensors")
+        assert all(found[name].equal(exact[name]) for name in exact)
+
+
+def test_the_console_says_what_was_made_and_what_to_know_of_it(
+    adapters: list[Path], tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(**recipe: Any) -> list[str]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert call(out, models=adapters, **recipe) == 0
+        size = (out / "adapter_model.safetensors").stat().st_size
+        lines = [x for x in capsys.readouterr().err.splitlines() if x and "━" not in x]
+        assert lines.pop() == f"merged: {out}"
+        assert f", {size / 1e6:.3g} MB" in lines[0]
+        return lines
+
+    (exact,) = told(merge_method="linear")
+    assert exact.startswith("adapter of rank 9, ")
+    assert "keeps" not in exact
+    (cut,) = told(merge_method="linear", parameters={"rank": 2})
+    assert re.search(r"rank 2, .* MB; keeps \d+(\.\d)? % of the squared norm", cut)
+    sparse = told(merge_method="ties", parameters={"density": 0.3})
+    assert sparse[0].startswith("adapter of rank 32, ")
+    assert sparse[1].startswith("note: ties, other than in mergekit: ")
+    advice = re.fullmatch(
+        r"note: the exact adapter \(rank 32, .* MB\) is larger than the inputs together "
+        r"\(rank 9, .* MB\); parameters.rank: 4 would keep (.*) %", sparse[2]
+    )  # fmt: skip
+    assert advice
+    (kept, *_) = told(merge_method="ties", parameters={"density": 0.3, "rank": 4})
+    assert f"; keeps {advice[1]} % of" in kept
 
 
 def test_what_was_made_of_dense_entries_is_kept_whole(
