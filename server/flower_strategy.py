@@ -30,7 +30,7 @@ from strategies.base import Draw, MergeError, Strategy
 from strategies.hetlora import HetLoRA
 from strategies.lines import Lines
 from strategies.merging import Merge, merge
-from strategies.registry import create
+from strategies.registry import create, require_no_order
 
 log = logging.getLogger("flwr")  # where Flower's own strategies write
 
@@ -75,10 +75,10 @@ class MergeStrategy(FedAvg):
         All other parameters of Flower's ``FedAvg``.
 
     Raises ConfigError for an unknown strategy or parameter, or one that needs statistics, which
-    these messages do not carry. With no usable reply at all, or with too few for the strategy as
-    some were left out, the arrays stay as they were. A round raises MergeError when every hospital
-    has answered as it should and the strategy still cannot merge that many: no later round would do
-    better.
+    these messages do not carry, or an order, which hospitals do not have. With no usable reply at
+    all, or with too few for the strategy as some were left out, the arrays stay as they were. A
+    round raises MergeError when every hospital has answered as it should and the strategy still
+    cannot merge that many: no later round would do better.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class MergeStrategy(FedAvg):
     ) -> None:
         super().__init__(weighted_by_key=weighted_by_key or _EQUAL, **sampling)
         made = create(strategy, parameters) if isinstance(strategy, str) else strategy
+        require_no_order(made)
         if made.statistics:
             raise ConfigError(
                 f"strategy={made.name}: needs {made.statistics} statistics, which plain Flower "

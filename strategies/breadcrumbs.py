@@ -15,7 +15,16 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import Agreeing, dense, elected, fused, row_ranks, scaled
+from strategies.entries import (
+    Agreeing,
+    Density,
+    dense,
+    densities,
+    elected,
+    fused,
+    row_ranks,
+    scaled,
+)
 
 
 class Breadcrumbs(Strategy):
@@ -25,7 +34,7 @@ class Breadcrumbs(Strategy):
     declared: ClassVar = Declaration(
         space="entries", paper="arXiv 2312.06795", keeps=frozenset({"scale", "gauge"})
     )
-    density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    density: Density = 0.15
     outliers: Annotated[float, Field(ge=0, lt=1)] = 0.01
     elect: bool = False  # true: Breadcrumbs with the election of TIES
     agreeing: Agreeing = "mean"  # or "sum": of what has the elected sign
@@ -33,27 +42,29 @@ class Breadcrumbs(Strategy):
 
     @model_validator(mode="after")
     def _shares_of_a_row(self) -> Breadcrumbs:
-        if self.density + self.outliers > 1:
-            raise ValueError(
-                f"strategy.density={self.density:g}: with strategy.outliers={self.outliers:g} "
-                "at most 1"
-            )
+        for density in densities(self.density):
+            if density + self.outliers > 1:
+                raise ValueError(
+                    f"strategy.density={density:g}: with strategy.outliers={self.outliers:g} "
+                    "at most 1"
+                )
         return self
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
+        """See ``Strategy.combine``. Raises MergeError with densities for another number."""
+        shares = densities(self.density, len(adapters))
         merged = {}
         for name, own in dense(adapters).items():
-            kept = [self._middle(d) for d in own]
+            kept = [self._middle(d, share) for d, share in zip(own, shares, strict=True)]
             signs = elected(kept, weights, "weighted") if self.elect else None
             merged[name] = fused(kept, weights, signs, self.agreeing)
         return scaled(merged, self.strength)
 
-    def _middle(self, update: Tensor) -> Tensor:
+    def _middle(self, update: Tensor, density: float) -> Tensor:
         n = update.shape[1]
         from_top = n - 1 - row_ranks(update)
         first = round(self.outliers * n)
-        kept = (from_top >= first) & (from_top < first + max(1, round(self.density * n)))
+        kept = (from_top >= first) & (from_top < first + max(1, round(density * n)))
         return torch.where(kept, update, 0.0)

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import Agreeing, dense, dropped, elected, fused, row_ranks, scaled
+from strategies.entries import (
+    Agreeing,
+    Density,
+    dense,
+    densities,
+    dropped,
+    elected,
+    fused,
+    row_ranks,
+    scaled,
+)
 
 
 class Dare(Strategy):
@@ -26,7 +36,7 @@ class Dare(Strategy):
     declared: ClassVar = Declaration(
         space="entries", paper="arXiv 2311.03099", keeps=frozenset({"gauge"})
     )
-    density: Annotated[float, Field(gt=0, lt=1)] = 0.5  # probability that an entry is kept
+    density: Density = 0.5  # probability that an entry is kept
     elect: bool = True  # DARE-TIES; false: DARE-linear
     agreeing: Agreeing = "mean"  # or "sum": of what has the elected sign
     strength: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -34,21 +44,22 @@ class Dare(Strategy):
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
+        """See ``Strategy.combine``. Raises MergeError with densities for another number."""
+        shares = densities(self.density, len(adapters))
         marks = [adapter.fingerprint() for adapter in adapters]
         merged = {}
         for name, own in dense(adapters).items():
             kept = [
-                dropped(d, self.keep(d), draw.of(f"{name}:{mark}"))
-                for d, mark in zip(own, marks, strict=True)
+                dropped(d, self.keep(d, share), draw.of(f"{name}:{mark}"))
+                for d, mark, share in zip(own, marks, shares, strict=True)
             ]
             signs = elected(kept, weights, "weighted") if self.elect else None
             merged[name] = fused(kept, weights, signs, self.agreeing)
         return scaled(merged, self.strength)
 
-    def keep(self, update: Tensor) -> Tensor | float:
+    def keep(self, update: Tensor, density: float) -> Tensor | float:
         """Probability that an entry is kept: one number, or one for each entry (m, n)."""
-        return self.density
+        return density
 
 
 class Della(Dare):
@@ -66,12 +77,13 @@ class Della(Dare):
     @model_validator(mode="after")
     def _probabilities(self) -> Della:
         low, high = self.window, 1 - self.window
-        if not low < self.density <= high:
-            raise ValueError(f"strategy.density={self.density:g}: from {low:g} to {high:g}")
+        for density in densities(self.density):
+            if not low < density <= high:
+                raise ValueError(f"strategy.density={density:g}: from {low:g} to {high:g}")
         return self
 
-    def keep(self, update: Tensor) -> Tensor:
+    def keep(self, update: Tensor, density: float) -> Tensor:
         """See ``Dare.keep``."""
         width = max(1, update.shape[1] - 1)
-        lowest = torch.tensor(self.density - self.window, dtype=torch.float64)
+        lowest = torch.tensor(density - self.window, dtype=torch.float64)
         return lowest + 2 * self.window * row_ranks(update) / width

@@ -10,16 +10,44 @@ Entries depend on the products B A only, never on how they are factorised.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from strategies.base import deltas
+from strategies.base import MergeError, deltas
 
 Dense = dict[str, list[Tensor]]  # by layer, the dense updates (m, n) of all hospitals
 Agreeing = Literal["mean", "sum"]  # of the entries that have the elected sign
+PerAdapter = float | tuple[float, ...]  # one number for all, or one for each in their order
+
+
+def _each(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_each(one, check) for one in value)
+    if not isinstance(value, int | float):
+        raise ValueError(f"strategy.density={value}: must be a number, or one for each adapter")
+    return check(value)
+
+
+Density = Annotated[PerAdapter, Field(gt=0, lt=1), WrapValidator(_each)]
+
+
+def densities(density: PerAdapter, count: int | None = None) -> tuple[float, ...]:
+    """One for each of ``count`` adapters, or all that were given.
+
+    Raises MergeError when there are more or fewer.
+    """
+    if not isinstance(density, tuple):
+        return (density,) * (count or 1)
+    if count is not None and len(density) != count:
+        raise MergeError(
+            f"density: {len(density)} numbers for {count} adapters; give one for each, or one for "
+            "all"
+        )
+    return density
 
 
 def dense(adapters: Sequence[Adapter]) -> Dense:
@@ -27,20 +55,21 @@ def dense(adapters: Sequence[Adapter]) -> Dense:
     return {name: [part.dense() for part in parts] for name, parts in deltas(adapters).items()}
 
 
-def trimmed(updates: Dense, density: float, scope: Literal["layer", "model"]) -> Dense:
+def trimmed(updates: Dense, density: PerAdapter, scope: Literal["layer", "model"]) -> Dense:
     """Each hospital's largest entries, ``density`` of them over a layer or over the whole model.
 
-    At least one entry is kept; of equal ones at the threshold, all are.
+    At least one entry is kept; of equal ones at the threshold, all are. Raises MergeError when
+    there are densities for another number of hospitals.
     """
     hospitals = range(len(next(iter(updates.values()))))
     limits: dict[tuple[str, int], Tensor] = {}
-    for k in hospitals:
+    for k, share in enumerate(densities(density, len(hospitals))):
         if scope == "model":
-            limit = _threshold(torch.cat([u[k].abs().flatten() for u in updates.values()]), density)
+            limit = _threshold(torch.cat([u[k].abs().flatten() for u in updates.values()]), share)
             limits |= {(name, k): limit for name in updates}
         else:
             for name, own in updates.items():
-                limits[name, k] = _threshold(own[k].abs().flatten(), density)
+                limits[name, k] = _threshold(own[k].abs().flatten(), share)
     return {
         name: [torch.where(d.abs() >= limits[name, k], d, 0.0) for k, d in enumerate(own)]
         for name, own in updates.items()

@@ -74,6 +74,7 @@ def require_strategy(settings: TrainingSettings) -> None:
     """
     chosen = settings.strategy
     strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
+    require_no_order(strategy)
     if strategy.statistics and not settings.privacy.enabled:
         raise ConfigError(
             f"strategy={chosen.name}: needs {strategy.statistics} statistics, which hospitals "
@@ -89,6 +90,21 @@ def require_strategy(settings: TrainingSettings) -> None:
         raise ConfigError(
             f"strategy={chosen.name}: needs statistics of every layer; take "
             "adapter.freeze_half=false, or another strategy"
+        )
+
+
+def require_no_order(strategy: Strategy) -> None:
+    """Return when no parameter goes by the order of adapters, as hospitals of a round have none.
+
+    Raises ConfigError.
+    """
+    inner = strategy
+    while isinstance(inner, Lines):
+        inner = create(inner.of, inner.parameters)
+    if isinstance(getattr(inner, "density", None), tuple):
+        raise ConfigError(
+            f"strategy={strategy.name}: a density for each adapter needs an order, which hospitals "
+            "do not have; give strategy.density one number"
         )
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import Agreeing, dense, elected, fused, scaled, trimmed
+from strategies.entries import Agreeing, Density, dense, elected, fused, scaled, trimmed
 
 
 class Ties(Strategy):
@@ -23,7 +23,7 @@ class Ties(Strategy):
     declared: ClassVar = Declaration(
         space="entries", paper="arXiv 2306.01708", keeps=frozenset({"scale", "gauge"})
     )
-    density: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of entries kept
+    density: Density = 0.2  # share of entries kept
     scope: Literal["layer", "model"] = "model"  # in which the largest are sought
     election: Literal["weighted", "unweighted"] = "weighted"
     agreeing: Agreeing = "mean"  # the paper's; what agrees may be summed instead
@@ -32,7 +32,7 @@ class Ties(Strategy):
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
+        """See ``Strategy.combine``. Raises MergeError with densities for another number."""
         kept = trimmed(dense(adapters), self.density, self.scope)
         merged = {
             name: fused(own, weights, elected(own, weights, self.election), self.agreeing)

@@ -3,7 +3,8 @@
 The ranges are those that the strategy's fields declare (``gt``, ``ge``, ``lt``, ``le``); numbers
 without both bounds, and whatever is no number, flag or choice, stay as configured. A positive
 range of more than two orders of magnitude is searched by its logarithm, a bound at an open zero
-being a thousandth of the upper one. Every point of the unit cube is one candidate.
+being a thousandth of the upper one. A density that is configured as one number for each expert is
+searched for each. Every point of the unit cube is one candidate.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from conf.load import ConfigError
 from strategies.base import Strategy
+from strategies.entries import PerAdapter
 from strategies.lines import Lines
 from strategies.registry import create
 
@@ -31,13 +33,21 @@ _LIGHTEST = 0.01  # relative weight of an expert; none may be zero
 
 @dataclass(frozen=True)
 class Dimension:
-    """One parameter: its name, and a number's range or a list of ``choices``."""
+    """One parameter: its name, and a number's range or a list of ``choices``.
+
+    Of a parameter with one value for each expert, ``NAME k`` is the k-th.
+    """
 
     name: str
     low: float = 0.0
     high: float = 1.0
     whole: bool = False
     choices: tuple[Any, ...] = ()
+
+    @property
+    def parameter(self) -> str:
+        """The name without its number."""
+        return self.name.partition(" ")[0]
 
     @property
     def _logarithmic(self) -> bool:
@@ -93,7 +103,7 @@ class Space:
         ConfigError where it names what is not searched.
         """
         found = parameters_of(strategy)
-        known = {d.name for d in found} | ({"weights"} if strategy.weighted else set())
+        known = {d.parameter for d in found} | ({"weights"} if strategy.weighted else set())
         if unknown := sorted(set(keep) - known):
             raise ConfigError(
                 f"search.keep: {unknown[0]} is not searched; choose of {', '.join(sorted(known))}"
@@ -101,7 +111,9 @@ class Space:
         weights = []
         if experts > 1 and strategy.weighted and "weights" not in keep:
             weights = [Dimension(f"weight {k}", _LIGHTEST, 1.0) for k in range(experts)]
-        return cls(strategy, experts, (*weights, *(dim for dim in found if dim.name not in keep)))
+        return cls(
+            strategy, experts, (*weights, *(dim for dim in found if dim.parameter not in keep))
+        )
 
     @property
     def start(self) -> NDArray[np.float64]:
@@ -122,7 +134,12 @@ class Space:
         parameters = self.strategy.model_dump(mode="json")
         for name, value in values.items():
             outer, _, inner = name.rpartition(".")
-            (parameters[outer] if outer else parameters)[inner] = value
+            own = parameters[outer] if outer else parameters
+            key, _, number = inner.partition(" ")
+            if number:
+                own[key][int(number)] = value
+            else:
+                own[key] = value
         try:
             create(self.strategy.name, parameters)
         except ConfigError:
@@ -136,7 +153,8 @@ def parameters_of(strategy: Strategy) -> tuple[Dimension, ...]:
     found = [
         dimension
         for name, field in type(strategy).model_fields.items()
-        if (dimension := _dimension(name, field, configured[name]))
+        for own, value in _each(name, configured[name]).items()
+        if (dimension := _dimension(own, field, value))
     ]
     if isinstance(strategy, Lines):
         inner = create(strategy.of, strategy.parameters)
@@ -147,8 +165,15 @@ def parameters_of(strategy: Strategy) -> tuple[Dimension, ...]:
     return tuple(found)
 
 
+def _each(name: str, value: Any) -> dict[str, Any]:
+    """The values of one parameter by the names of their dimensions."""
+    if isinstance(value, tuple):
+        return {f"{name} {k}": one for k, one in enumerate(value)}
+    return {name: value}
+
+
 def _dimension(name: str, field: FieldInfo, configured: Any) -> Dimension | None:
-    kind = field.annotation
+    kind = float if field.annotation == PerAdapter else field.annotation
     if kind is bool:
         return Dimension(name, choices=(False, True))
     if typing.get_origin(kind) is Literal:
@@ -177,7 +202,11 @@ def _dimension(name: str, field: FieldInfo, configured: Any) -> Dimension | None
 
 def _nested(strategy: Strategy) -> dict[str, Any]:
     """Configured values by name, as ``parameters_of`` names them."""
-    values = strategy.model_dump()
+    values = {
+        own: one
+        for name, value in strategy.model_dump().items()
+        for own, one in _each(name, value).items()
+    }
     if isinstance(strategy, Lines):
         inner = create(strategy.of, strategy.parameters)
         values |= {f"parameters.{name}": value for name, value in _nested(inner).items()}

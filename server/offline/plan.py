@@ -12,7 +12,7 @@ every such strategy is linear in a common factor of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from conf.load import ConfigError
 from server.offline.methods import MERGEKIT, Method, method
 from server.offline.recipe import Input, Recipe
 from strategies.base import Strategy
+from strategies.entries import PerAdapter
 from strategies.lines import Lines
 from strategies.registry import create, strategies
 
@@ -56,7 +57,8 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
     """
     how = method(recipe.merge_method)
     inputs, base, notes = _inputs(recipe, how, kind)
-    parameters = _parameters(recipe, inputs)
+    own = _own_densities(recipe, how, inputs)
+    parameters = _parameters(recipe, inputs, own) | own
     rank = _rank(parameters.pop("rank", None), kind, recipe)
     weights = _weights(recipe, how, inputs, parameters)
     strategy, shares, signs = _strategy(recipe.merge_method, how, weights, parameters)
@@ -126,13 +128,32 @@ def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[list[Input], str |
     return inputs, base, ["the base model under models was left out: its difference is zero"]
 
 
-def _parameters(recipe: Recipe, inputs: Sequence[Input]) -> dict[str, Any]:
-    """Those of the merge as a whole; each has one value, wherever it was written."""
+def _own_densities(recipe: Recipe, how: Method, inputs: Sequence[Input]) -> dict[str, Any]:
+    """A density for each input, where they differ and the strategy takes them."""
+    default = recipe.parameters.get("density", _density_default(how))
+    if default is None or not any("density" in entry.parameters for entry in inputs):
+        return {}
+    found = []
+    for number, entry in enumerate(inputs):
+        own = "density" in entry.parameters
+        where = f"models.{number}.parameters.density" if own else "parameters.density"
+        found.append(_number(entry.parameters.get("density", default), where))
+    return {"density": found[0] if len(set(found)) == 1 else tuple(found)}
+
+
+def _density_default(how: Method) -> float | None:
+    """Of a strategy that takes a density for each adapter; None of the others."""
+    field = strategies()[how.strategy].model_fields.get("density")
+    return field.default if field and field.annotation == PerAdapter else None
+
+
+def _parameters(recipe: Recipe, inputs: Sequence[Input], own: Collection[str]) -> dict[str, Any]:
+    """Those of the merge as a whole, one value each, wherever it was written; none of ``own``."""
     merged = dict(recipe.parameters)
     merged.pop("weight", None)
     for number, entry in enumerate(inputs):
         for key, value in entry.parameters.items():
-            if key == "weight":
+            if key == "weight" or key in own:
                 continue
             where = f"models.{number}.parameters.{key}"
             if key in _ONE_FOR_ALL:

@@ -187,6 +187,8 @@ def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
         MergeStrategy("best")
     with pytest.raises(ConfigError, match=r"strategy\.density=2"):
         MergeStrategy("ties", {"density": 2})
+    with pytest.raises(ConfigError, match="strategy=ties: a density for each adapter needs an ord"):
+        MergeStrategy("ties", {"density": [0.2, 0.3]})
     with pytest.raises(ConfigError, match="noise_aware: needs to know every hospital's noise"):
         MergeStrategy("noise_aware")
     with pytest.raises(ConfigError, match="lines: needs to know every hospital's noise"):

@@ -88,6 +88,24 @@ def test_choices_and_counts_cover_all_they_have() -> None:
     assert {Dimension("x", 1, 5, whole=True).value(at) for at in grid} == {1, 2, 3, 4, 5}
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_density_for_each_expert_is_searched_for_each(wrapped: bool) -> None:
+    own: dict[str, object] = {"density": [0.3, 0.6]}
+    name, parameters = ("lines", {"of": "dare", "parameters": own}) if wrapped else ("dare", own)
+    space = Space.of(create(name, parameters), 2, ["weights"])
+    prefix = "parameters." if wrapped else ""
+    where = [d.name for d in space.dimensions].index(f"{prefix}density 1")
+    at = space.start
+    for place, second in ((at[where], 0.6), (0.0, 0.001)):
+        at[where] = place
+        candidate = space.candidate(at)
+        assert candidate is not None
+        found = candidate.parameters["parameters"] if wrapped else candidate.parameters
+        assert found["density"] == pytest.approx([0.3, second])
+    kept = Space.of(create(name, parameters), 2, [f"{prefix}density"])
+    assert not any("density" in d.name for d in kept.dimensions)
+
+
 def test_what_is_kept_is_not_searched() -> None:
     space = Space.of(create("ties", {"density": 0.3}), 2, ["weights", "density", "agreeing"])
     assert {d.name for d in space.dimensions} == {"scope", "election", "strength"}

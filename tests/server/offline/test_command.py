@@ -143,7 +143,9 @@ def test_a_recipe_that_cannot_be_followed_is_refused_by_key(
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ([{"density": 0.4}, {}], "models.0.parameters.density=0.4: must be the same for all"),
+        ([{"density": 1.4}, {}], "ties: parameters.density=1.4: input should be less than 1"),
+        ([{"density": [0, 1]}, {}], "models.0.parameters.density: must be one number; no gradie"),
+        ([{"scope": "model"}, {}], "models.0.parameters.scope=model: must be the same for all mo"),
         ([{"lambda": 1}, {}], "models.0.parameters.lambda: belongs under parameters of the who"),
         ([{"weight": 1}, {}], "models.1.parameters.weight: is missing; others have one"),
         ([{"weight": -1}, {"weight": 2}], "models.0.parameters.weight=-1: must be positive; "),
@@ -206,6 +208,31 @@ def test_density_given_to_each_model_alike_is_the_density(
     assert call(tmp_path / "b", merge_method="ties", models=own) == 0
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
     assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_a_density_of_its_own_for_each_adapter_and_the_default_for_the_others(
+    adapters: list[Path], tmp_path: Path, call: Call
+) -> None:
+    def resolved(*own: float | None, **common: float) -> Any:
+        out = tmp_path / f"{own}{common}"
+        listed = {
+            path: {} if d is None else {"density": d} for path, d in zip(adapters, own, strict=True)
+        }
+        assert call(out, merge_method="ties", models=listed, parameters=common) == 0
+        return json.loads((out / "merge_report.json").read_text())["parameters"]["density"]
+
+    assert resolved(0.4, 0.1, 0.7) == [0.4, 0.1, 0.7]
+    assert resolved(0.4, None, 0.7) == [0.4, 0.2, 0.7]
+    assert resolved(None, None, 0.7, density=0.3) == [0.3, 0.3, 0.7]
+    assert resolved(0.7, 0.7, 0.7, density=0.3) == 0.7
+
+
+def test_one_density_for_all_where_a_strategy_has_no_other(
+    adapters: list[Path], call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {adapters[0]: {"density": 0.4}, adapters[1]: {}}
+    assert call(merge_method="core_ties", models=own) == 2
+    assert "models.0.parameters.density=0.4: must be the same for all models" in said(capsys)
 
 
 def test_whole_models_need_what_their_method_needs(

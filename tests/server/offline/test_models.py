@@ -33,8 +33,9 @@ def mergekit(
 ) -> dict[str, Tensor]:
     """mergekit 0.1.5 on the same weights; a weight is given by model."""
     states = {f"m{i}": weights_of(folder) for i, folder in enumerate(models)}
-    if isinstance(parameters.get("weight"), list):
-        parameters["weight"] = {f"m{i}": w for i, w in enumerate(parameters["weight"])}
+    for key in ("weight", "density"):
+        if isinstance(parameters.get(key), list):
+            parameters[key] = {f"m{i}": value for i, value in enumerate(parameters[key])}
     if base is not None:
         states = {"base": weights_of(base), **states}
     return merge_state_dicts(  # type: ignore[no-any-return]
@@ -71,6 +72,7 @@ def test_linear_is_mergekits(models: list[Path], tmp_path: Path, call: Call) -> 
         ("task_arithmetic", {"normalize": True}, {"normalize": True}),
         ("ties", {"density": 0.5}, {"density": 0.5}),
         ("ties", {"density": 0.5, "normalize": False}, {"density": 0.5, "normalize": False}),
+        ("ties", {"density": [0.5, 0.25, 0.75]}, {"density": [0.5, 0.25, 0.75]}),
         ("ties", {"density": 0.25, "lambda": 1.3}, {"density": 0.25, "lambda": 1.3}),
         # Where everything is kept, what is left of these is how they agree and how they add up.
         ("dare_ties", {"density": 1 - 1e-12}, {"density": 1.0}),
@@ -92,10 +94,12 @@ def test_task_vectors_are_merged_as_by_mergekit(
     tmp_path: Path,
     call: Call,
 ) -> None:
-    code = call(
-        merge_method=method, models=weighted(models), base_model=tiny_model, parameters=ours
-    )
-    assert code == 0
+    listed: dict[Path, dict[str, Any]] = {path: dict(own) for path, own in weighted(models).items()}
+    if isinstance(ours.get("density"), list):  # one for each model
+        ours = dict(ours)
+        for own, density in zip(listed.values(), ours.pop("density"), strict=True):
+            own["density"] = density
+    assert call(merge_method=method, models=listed, base_model=tiny_model, parameters=ours) == 0
     found = weights_of(tmp_path / "out")
     expected = mergekit(method, models, tiny_model, weight=WEIGHTS, **theirs)
     assert gap(found, expected, tiny_model) < 2e-6  # float32 weights, differences of 5 %
