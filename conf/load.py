@@ -29,7 +29,7 @@ T = TypeVar("T", bound=BaseModel)
 
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=(.*)", re.DOTALL)
 _SWEEPS = (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP)
-_OPEN = ("strategy",)  # groups whose keys are known to code that is found only later
+_OPEN = ("strategy", "strategy.parameters")  # whose keys are known to code that is found only later
 _CLEARER = {  # what pydantic says in the words of a programmer
     "path_type": "must be a path (write ./NAME where NAME would read as a number)",
     "tuple_type": "must be a list, such as [a,b]",
