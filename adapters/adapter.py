@@ -173,9 +173,9 @@ class Adapter:
         """Read a PEFT LoRA folder.
 
         The scale of an rsLoRA adapter is folded into alpha. Raises ValueError for what the algebra
-        cannot represent: DoRA, LoRA bias, rank patterns, copied layers, modules saved beside the
-        factors, or a start (PiSSA and the like) that changes the base weights; also for a file that
-        is cut or no safetensors.
+        cannot represent: DoRA, aLoRA, QALoRA, KaSA, block-diagonal LoRA, LoRA bias, rank patterns,
+        copied layers, modules or bare parameters beside the factors, or a start (PiSSA and the
+        like) that changes the base weights; also for a file that is cut or no safetensors.
         FileNotFoundError when a file is absent.
         """
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -188,6 +188,11 @@ class Adapter:
             "alpha_pattern",
             "modules_to_save",
             "layer_replication",
+            "alora_invocation_tokens",  # active behind these tokens only
+            "use_qalora",
+            "kasa_config",
+            "use_bdlora",
+            "target_parameters",
         ):
             if config.get(key):
                 raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")

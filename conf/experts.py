@@ -15,7 +15,7 @@ Proportion = Annotated[float, Field(gt=0, le=1)]
 class SearchSettings(Settings):
     """How a good merge is looked for."""
 
-    evaluations: Annotated[int, Field(ge=1, le=100_000)]  # 1: the merge as configured
+    evaluations: Annotated[int, Field(ge=1, le=500)]  # 1: the merge as configured
     keep: tuple[str, ...]  # parameters that stay as configured; "weights" for equal weights
 
 

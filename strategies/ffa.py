@@ -36,5 +36,5 @@ class FFA(Streaming):
         """Mean of B and the shared A, bit for bit, by layer."""
         mean = sums.under_shared("A")
         if mean is None:
-            raise MergeError(f"{self.name} needs the same A from every hospital; use product_mean")
+            raise MergeError(f"{self.name} needs the same A in all; use product_mean")
         return mean

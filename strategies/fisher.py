@@ -53,7 +53,7 @@ class Fisher(Strategy):
         trained, shared = _factors(adapters[0])
         means = mean_under_shared(adapters, weights, shared)
         if means is None:
-            raise MergeError(f"fisher needs the same {shared} from every hospital")
+            raise MergeError(f"fisher needs the same {shared} in all")
         keys = {name: f"{name}.lora_{trained}.weight" for name in means}
         measured = statistics_of(adapters, keys.values())
         w = torch.tensor(list(weights), dtype=torch.float64)[:, None, None]

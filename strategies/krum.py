@@ -37,11 +37,11 @@ class Krum(FromInnerProducts):
         k = len(weights)
         if k <= 2 * self.liars + 2:
             raise MergeError(
-                f"krum with liars={self.liars} needs at least {2 * self.liars + 3} hospitals"
+                f"krum with liars={self.liars} needs at least {2 * self.liars + 3} to merge"
             )
         if self.chosen is not None and self.chosen > k - self.liars:
             raise MergeError(
-                f"krum with chosen={self.chosen}: of {k} hospitals, {self.liars} of whom may lie, "
+                f"krum with chosen={self.chosen}: of {k}, {self.liars} of which may lie, "
                 f"at most {k - self.liars} can be chosen"
             )
         size = products.diagonal()

@@ -61,7 +61,7 @@ class TrimmedMean(Strategy):
         """See ``Strategy.combine``. Raises MergeError with too few hospitals."""
         k, f = len(adapters), self.liars
         if k <= 2 * f:
-            raise MergeError(f"{self.name} with liars={f} needs at least {2 * f + 1} hospitals")
+            raise MergeError(f"{self.name} with liars={f} needs at least {2 * f + 1} to merge")
         return {
             name: torch.stack(own).sort(0).values[f : k - f].mean(0)
             for name, own in dense(adapters).items()

@@ -55,7 +55,7 @@ class RegMean(Strategy):
         """See ``Strategy.combine``. Raises MergeError when the A differ, or without G."""
         means = mean_under_shared(adapters, weights, "A")
         if means is None:
-            raise MergeError("regmean needs the same A from every hospital")
+            raise MergeError("regmean needs the same A in all")
         grams = statistics_of(adapters, means)
         scale = adapters[0].spec.scale
         merged = {}

@@ -37,4 +37,4 @@ class RoLoRA(Streaming):
         for mean in (sums.under_shared("A"), sums.under_shared("B")):
             if mean is not None:
                 return mean
-        raise MergeError(f"{self.name} needs the same A or the same B from every hospital")
+        raise MergeError(f"{self.name} needs the same A or the same B in all")

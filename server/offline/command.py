@@ -124,6 +124,11 @@ def _kind(recipe: Recipe) -> Kind:
     for number, entry in enumerate(recipe.models):
         folder = Path(entry.model)
         where = f"models.{number}.model={entry.model}"
+        if not folder.is_dir() and "+" in entry.model:
+            raise ConfigError(
+                f"{where}: a model with an adapter on it is not taken; first make it a model, by a "
+                "recipe with models: the adapter, base_model: the model, output: model"
+            )
         if not folder.is_dir():
             raise ConfigError(f"{where}: no such folder; download it first, nothing is fetched")
         if (folder / "adapter_config.json").exists():

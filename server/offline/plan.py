@@ -57,6 +57,8 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
     """
     how = method(recipe.merge_method)
     inputs, base, notes = _inputs(recipe, how, kind)
+    inputs, silent = _counting(recipe, inputs)
+    notes += silent
     own = _own_densities(recipe, how, inputs)
     parameters = _parameters(recipe, inputs, own) | own
     rank = _rank(parameters.pop("rank", None), kind, recipe)
@@ -98,8 +100,8 @@ def require_adapters_suffice(strategy: Strategy, key: str) -> None:
     needed = f"{wrapped.statistics} statistics" if wrapped.statistics else "the noise's size"
     if wrapped.statistics or wrapped.declared.noise:
         raise ConfigError(
-            f"{key}={strategy.name}: needs {needed} of every hospital ({wrapped.name}), which only "
-            "rounds have; take another"
+            f"{key}={strategy.name}: needs {needed} ({wrapped.name}), which only rounds have; take "
+            "another"
         )
 
 
@@ -126,6 +128,25 @@ def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[list[Input], str |
     if not inputs:
         raise ConfigError("models: give at least one beside the base model")
     return inputs, base, ["the base model under models was left out: its difference is zero"]
+
+
+def _counting(recipe: Recipe, inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
+    """The inputs that count at all, and a note on each other: weight 0, or slerp's t at an end."""
+    common = recipe.parameters.get("weight")
+    t: Any = recipe.parameters.get("t")
+    weights = [entry.parameters.get("weight", common) for entry in inputs]
+    slerp = recipe.merge_method == "slerp" and weights == [None, None]
+    if slerp and _is_either(t, 0, 1):
+        weights = [1 - t, t]
+    kept = [entry for entry, w in zip(inputs, weights, strict=True) if not _is_either(w, 0)]
+    if not kept:
+        raise ConfigError("models: all of them have weight 0; give one another, or none a weight")
+    out = [f"{entry.model} was left out: its weight is 0" for entry in inputs if entry not in kept]
+    return kept, out
+
+
+def _is_either(value: Any, *numbers: int) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value in numbers
 
 
 def _own_densities(recipe: Recipe, how: Method, inputs: Sequence[Input]) -> dict[str, Any]:
@@ -184,13 +205,16 @@ def _weights(
     common = recipe.parameters.get("weight")
     given = [entry.parameters.get("weight", common) for entry in inputs]
     if "t" in parameters:
+        if recipe.merge_method == "slerp" and len(inputs) < len(recipe.models) == 2:
+            parameters.pop("t")  # at one end of the arc is one model
+            return [1.0]
         if recipe.merge_method != "slerp" or len(inputs) != 2:
             raise ConfigError("parameters.t: is for slerp between two models; give weight")
         if any(w is not None for w in given):
             raise ConfigError("parameters.t: is the second model's weight; give t or weight")
         t = _number(parameters.pop("t"), "parameters.t")
         if not 0 < t < 1:
-            raise ConfigError(f"parameters.t={t:g}: must lie between 0 and 1; else it is a copy")
+            raise ConfigError(f"parameters.t={t:g}: must lie from 0 to 1")
         return [1 - t, t]
     if all(w is None for w in given):
         if recipe.merge_method == "slerp":
@@ -202,8 +226,6 @@ def _weights(
         if value is None:
             raise ConfigError(f"{where}: is missing; others have one")
         w = _number(value, where)
-        if w == 0:
-            raise ConfigError(f"{where}=0: leave the model out")
         if w < 0 and not how.linear:
             raise ConfigError(
                 f"{where}={w:g}: must be positive; only linear and task_arithmetic subtract"

@@ -15,6 +15,7 @@ Nothing in it is ignored: what is not known, or known and not supported, is refu
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,7 +67,7 @@ class _KeyTwice(yaml.YAMLError):
 
 
 class _EveryKeyOnce(yaml.SafeLoader):
-    """Plain YAML, in which no key may be given twice."""
+    """Plain YAML, in which no key may be given twice, and 1e-3 is a number as in YAML 1.2."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -78,6 +79,11 @@ class _EveryKeyOnce(yaml.SafeLoader):
                     raise _KeyTwice(f"{key.value} is given twice (line {line}); give it once")
                 seen.add(key.value)
         return node
+
+
+_EveryKeyOnce.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), "-+.0123456789"
+)
 
 
 def read_recipe(file: Path) -> Recipe:

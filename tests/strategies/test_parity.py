@@ -347,7 +347,7 @@ def test_of_two_hospitals_nobody_can_say_who_lies(name: str) -> None:
 def test_krum_cannot_choose_those_that_may_lie() -> None:
     honest, w = hospitals(5), [0.2] * 5
     assert ours("krum", honest, w, chosen=4).any()
-    with pytest.raises(MergeError, match="chosen=5: of 5 hospitals, 1 of whom may lie, at most 4"):
+    with pytest.raises(MergeError, match="chosen=5: of 5, 1 of which may lie, at most 4"):
         ours("krum", honest, w, chosen=5)
 
 

@@ -200,7 +200,7 @@ def test_an_adapter_without_statistics_cannot_be_merged(name: str) -> None:
 def test_adapters_that_share_no_factor_cannot_be_merged(name: str) -> None:
     one, two, three = hospitals()
     turned = replace(two, layers={n: LowRank(x.B, -x.A) for n, x in two.layers.items()})
-    with pytest.raises(MergeError, match=f"{name} needs the same A from every hospital"):
+    with pytest.raises(MergeError, match=f"{name} needs the same A in all"):
         merge(create(name), [one, turned, three], WEIGHTS)
 
 

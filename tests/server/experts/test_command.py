@@ -194,8 +194,9 @@ def test_what_cannot_be_merged_is_said_in_one_line(
         ([f"experts=[{experts[0]},{experts[0]}]"], "is named twice"),
         (["search.keep=[gamma]"], "search.keep: gamma is not searched"),
         (["strategy=ties", "strategy.density=2"], "strategy.density=2: input should be less"),
-        (["strategy=regmean"], "strategy=regmean: needs gram statistics of every hospital"),
+        (["strategy=regmean"], "strategy=regmean: needs gram statistics \\(regmean"),
         (["strategy=lines", "strategy.of=noise_aware"], r"strategy=lines: needs the noise's size"),
+        (["search.evaluations=501"], "search.evaluations=501: input should be less than or eq"),
         (["rank=33"], "rank=33: a layer is only 32 wide"),
         ([f"tasks=[{tmp_path / 'no.jsonl'}]"], "no.jsonl: cannot be read"),
     ):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import wardround
+from server.offline.recipe import read_recipe
 from tests.server.offline.test_command import said
 
 
@@ -34,3 +35,16 @@ def test_a_file_that_is_no_recipe(
         file.write_text(text + "\n")
     assert wardround.main(["merge", str(file), str(tmp_path / "out")]) == 2
     assert said(capsys) == f"{file}: {expected}"
+
+
+@pytest.mark.parametrize("number", ["1e-1", "1E-12", "2e3", "+1.5e+2", ".5e1", "1.e0", "-3e-4"])
+def test_numbers_are_those_of_yaml_1_2(number: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        f"merge_method: ties\nparameters: {{lambda: {number}, density: 0.5}}\n"
+        f"models: [{{model: a1e5, parameters: {{weight: {number}}}}}, {{model: 1e5x}}]\n"
+    )
+    recipe = read_recipe(file)
+    assert recipe.parameters == {"lambda": float(number), "density": 0.5}
+    assert recipe.models[0].parameters == {"weight": float(number)}
+    assert [one.model for one in recipe.models] == ["a1e5", "1e5x"]
