@@ -37,7 +37,7 @@ class Median(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with fewer than three hospitals."""
         if len(adapters) < 3:
-            raise MergeError(f"{self.name} needs at least 3 hospitals")
+            raise MergeError(f"{self.name} needs at least 3 to merge")
         return {
             name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense(adapters).items()
         }

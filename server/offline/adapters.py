@@ -8,6 +8,7 @@ the best approximation of that rank.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -106,10 +107,13 @@ def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> tu
         name: LowRank(layer.B[:, : plan.rank], layer.A[: plan.rank])
         for name, layer in found.adapter.layers.items()
     }
-    cut = replace(
-        found, adapter=Adapter(spec, layers), kept_energy=min(kept.values()), kept_by_layer=kept
-    )
-    return cut, exact
+    cut = Adapter(spec, layers)
+    before, after = _norm(found.adapter), _norm(cut)
+    ratio = found.norm_ratio * after / before if before else found.norm_ratio
+    least = min(kept.values())
+    return replace(
+        found, adapter=cut, kept_energy=least, kept_by_layer=kept, norm_ratio=ratio
+    ), exact
 
 
 def kept_by_layer(exact: Adapter, rank: int) -> dict[str, float]:
@@ -147,6 +151,10 @@ def _named(adapter: Adapter, opened: Sequence[AdapterFolder]) -> Adapter:
     if any(o.adapter.spec.targets != targets or not o.everywhere for o in opened):
         targets = tuple(sorted(adapter.layers))
     return Adapter(replace(adapter.spec, targets=targets), adapter.layers)
+
+
+def _norm(adapter: Adapter) -> float:
+    return math.sqrt(sum(update.norm() ** 2 for update in adapter.deltas().values()))
 
 
 def _negative(adapter: Adapter) -> Adapter:

@@ -105,7 +105,7 @@ def test_trimmed_mean(count: int, liars: int) -> None:
     for n in SHAPES:
         rest = torch.stack(dense(own, n)).sort(0).values[liars : count - liars]
         assert gap(found[n], rest.mean(0)) < 1e-12
-    with pytest.raises(MergeError, match=f"liars={liars} needs at least {2 * liars + 1} hosp"):
+    with pytest.raises(MergeError, match=f"liars={liars} needs at least {2 * liars + 1} to m"):
         ours("trimmed_mean", own[: 2 * liars], [0.5 / liars] * (2 * liars), liars=liars)
 
 

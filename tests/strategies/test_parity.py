@@ -340,7 +340,7 @@ def test_the_bound_holds_beside_one_hospital_and_beside_silent_ones(
 @pytest.mark.parametrize("name", ["median", "trimmed_mean"])
 def test_of_two_hospitals_nobody_can_say_who_lies(name: str) -> None:
     for count in (1, 2):
-        with pytest.raises(MergeError, match=f"{name} .*needs at least 3 hospitals"):
+        with pytest.raises(MergeError, match=f"{name} .*needs at least 3 to merge"):
             ours(name, hospitals(count), [1 / count] * count)
 
 

@@ -116,6 +116,8 @@ def test_a_rank_gives_the_best_approximation(
         kept.append(1 - lost / float(values.square().sum()))
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["figures"]["kept_energy"] == pytest.approx(min(kept))
+    size, whole = (sum(float(d.norm() ** 2) for d in x.values()) for x in (found, exact))
+    assert report["figures"]["norm_ratio"] == pytest.approx((size / whole) ** 0.5)
     assert report["output"]["adapter"] | {"fingerprint": ""} == {
         "fingerprint": "", "rank": 3, "exact": False,
     }  # fmt: skip
