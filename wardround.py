@@ -138,7 +138,7 @@ def _align(overrides: list[str], multirun: bool, console: Console) -> int:
     from server.alignment.command import run
 
     folder = run(load("align", overrides, AlignCommand), console)
-    console.print(f"aligned adapter: [bold]{escape(str(folder))}[/bold]")
+    console.print(f"aligned adapter: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
     return 0
 
 
@@ -149,7 +149,7 @@ def _merge(words: list[str], multirun: bool, console: Console) -> int:
     from server.offline.command import run
 
     folder = run(Path(words[0]), Path(words[1]), console)
-    console.print(f"merged: [bold]{escape(str(folder))}[/bold]")
+    console.print(f"merged: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 
 import psutil
 
 _EVERY_S = 0.5
+_NEWBORN_S = 0.1  # so long a child may still show its parent's pages, until it runs its own program
 
 
 class PeakMemory:
@@ -38,9 +40,11 @@ class PeakMemory:
         root = psutil.Process()
         while True:
             total = 0
+            born = time.time() - _NEWBORN_S
             for process in (root, *root.children(recursive=True)):
                 try:
-                    total += process.memory_info().rss
+                    if process is root or process.create_time() < born:
+                        total += process.memory_info().rss
                 except psutil.Error:  # it ended meanwhile
                     continue
             self.peak_mb = max(self.peak_mb, total / 1e6)
