@@ -104,7 +104,9 @@ def _simulate(overrides: list[str], multirun: bool, console: Console) -> int:
         return 0
     settings, folder = open_run(checked[0], overrides)
     print_summary(simulate(settings, folder, console), console)
-    console.print(f"report: [bold]{escape(str(folder.path / 'report.html'))}[/bold]")
+    console.print(
+        f"report: [bold]{escape(str(folder.path / 'report.html'))}[/bold]", soft_wrap=True
+    )
     return 0
 
 
@@ -179,7 +181,9 @@ def _audit(overrides: list[str], multirun: bool, console: Console) -> int:
     result = audit(command, console)
     write_record(result, command.out)
     print_audit(result, console)
-    console.print(f"report: [bold]{escape(str(write_report(result, command.out)))}[/bold]")
+    console.print(
+        f"report: [bold]{escape(str(write_report(result, command.out)))}[/bold]", soft_wrap=True
+    )
     return 1 if result.problems else 0
 
 

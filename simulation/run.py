@@ -99,7 +99,7 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
     began = time.monotonic()
     measured = Measurements()
     folder.create(settings)
-    console.print(f"run folder: [bold]{escape(str(folder.path))}[/bold]")
+    console.print(f"run folder: [bold]{escape(str(folder.path))}[/bold]", soft_wrap=True)
     with PeakMemory() as memory:
         with _stage(console, measured, "hospitals") as on_step:
             settings, hospitals = _hospitals(settings, folder, measured, on_step)

@@ -100,7 +100,9 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
     console.print(outcome_table("score: minus bits per character", rows, _BASE))
     if not command.test:
         console.print("on the texts that were chosen by: better than on new ones; give test=[...]")
-    console.print(f"merged adapter: [bold]{escape(str(command.out / 'adapter'))}[/bold]")
+    console.print(
+        f"merged adapter: [bold]{escape(str(command.out / 'adapter'))}[/bold]", soft_wrap=True
+    )
     return merged
 
 

@@ -101,7 +101,9 @@ def run(command: TradeoffCommand, console: Console) -> list[Point]:
     draw(command.out / "tradeoff.svg", points)
     write_atomically(done, json.dumps(record, indent=2) + "\n")
     console.print(_table(points))
-    console.print(f"figure: [bold]{escape(str(command.out / 'tradeoff.svg'))}[/bold]")
+    console.print(
+        f"figure: [bold]{escape(str(command.out / 'tradeoff.svg'))}[/bold]", soft_wrap=True
+    )
     return points
 
 

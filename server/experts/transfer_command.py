@@ -55,7 +55,7 @@ def run(command: TransferCommand, console: Console) -> dict[str, Any]:
         f"what was applied: {record['applied']['relative_norm']:.2%} of the target's norm",
         highlight=False,
     )
-    console.print(f"written: [bold]{escape(str(command.out))}[/bold]")
+    console.print(f"written: [bold]{escape(str(command.out))}[/bold]", soft_wrap=True)
     return record
 
 
