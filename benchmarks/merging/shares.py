@@ -3,7 +3,7 @@
 Gain: bits per character of the base model less those of the adapter, mean over departments, mean
 over seeds. Share: gain / gain of the federation without privacy (strategy fedsvd). Intervals are
 95 % percentile bootstraps that draw seeds, and held-out notes within each department, with
-replacement; the reference is drawn with the same notes, for it was measured on the same.
+replacement; the reference is drawn with the same seeds and notes, for it was measured on the same.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def rules(results: Sequence[Result], hospitals: int) -> list[Row]:
 
 
 Measured = list[tuple[Result, dict[str, list[float]]]]
+BySeed = dict[int, tuple[Result, dict[str, list[float]]]]
 
 
 def _of(results: Sequence[Result], arm: str, epsilon: Epsilon) -> Measured:
@@ -91,18 +92,25 @@ def _row(arm: str, epsilon: Epsilon, measured: Measured, reference: Measured) ->
     random = np.random.default_rng(0)
     sizes = {name: len(bits) for name, bits in measured[0][1].items()}
     everything = {name: np.arange(n) for name, n in sizes.items()}
-    gains = [_gain(measured, everything)]
-    shares = [gains[0] / _gain(reference, everything)]
+    own = {result.cell.seed: (result, bits) for result, bits in measured}
+    same = {result.cell.seed: (result, bits) for result, bits in reference}
+    seeds = sorted(own)
+    shared = [seed for seed in seeds if seed in same]
+    gains, shares = [_gain([own[s] for s in seeds], everything)], []
+    if shared:
+        shares = [_share(own, same, shared, everything)]
     for _ in range(_DRAWS):
         notes = {name: random.integers(0, n, n) for name, n in sizes.items()}
-        gains.append(_gain(_drawn(measured, random), notes))
-        shares.append(gains[-1] / _gain(_drawn(reference, random), notes))
-    share = None if (arm, epsilon) == ("fedsvd", None) else _figure(shares, len(measured))
+        gains.append(_gain([own[s] for s in random.choice(seeds, len(seeds))], notes))
+        if shared:
+            shares.append(_share(own, same, random.choice(shared, len(shared)).tolist(), notes))
+    share = _figure(shares, len(shared)) if shares and (arm, epsilon) != ("fedsvd", None) else None
     return Row(arm, epsilon, _figure(gains, len(measured)), share)
 
 
-def _drawn(measured: Measured, random: np.random.Generator) -> Measured:
-    return [measured[i] for i in random.integers(0, len(measured), len(measured))]
+def _share(own: BySeed, reference: BySeed, seeds: Sequence[int], notes: Notes) -> float:
+    """Of the reference's gain, under the same seeds and on the same notes."""
+    return _gain([own[s] for s in seeds], notes) / _gain([reference[s] for s in seeds], notes)
 
 
 def _gain(measured: Measured, notes: Notes) -> float:
