@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure as Drawing
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from benchmarks.merging.shares import Figure, Row, rows
 GOALS: dict[Epsilon, float] = {8.0: 0.85, 3.0: 0.60, 1.0: 0.30}  # shares, with four hospitals
 _ORDER = EPSILONS[::-1]
 _LOWEST = -50  # per cent; what noise has ruined would hide the rest
+_MARKERS = "osD^vP*X"
 
 
 CAPTION = "millibits per character saved; share of fedsvd without privacy, 95 % interval"
@@ -60,33 +62,43 @@ def figures(found: Sequence[Row], hospitals: int) -> dict[str, float]:
 def draw(results: Sequence[Result], file: Path) -> None:
     """Share of the non-private gain by strategy and epsilon, one panel a number of hospitals.
 
-    Dotted lines are the goals.
+    Dotted lines are the goals, at four hospitals.
     """
     counts = [n for n in sorted({r.cell.hospitals for r in results}) if rows(results, n)]
     if not counts:
         return
-    drawing = Drawing(figsize=(5.5 * len(counts), 3.8), layout="constrained")
-    panels = drawing.subplots(1, len(counts), squeeze=False)[0]
+    found = {n: [row for row in rows(results, n) if row.share] for n in counts}
+    arms = list(dict.fromkeys(row.arm for n in counts for row in found[n]))
+    drawing = Drawing(figsize=(5 * len(counts) + 2, 4), layout="constrained")
+    panels = drawing.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for panel, count in zip(panels, counts, strict=True):
-        found = [row for row in rows(results, count) if row.share]
-        arms = list(dict.fromkeys(row.arm for row in found))
-        for place, arm in enumerate(arms):
-            shares = {row.epsilon: row.share for row in found if row.arm == arm and row.share}
-            x = [_ORDER.index(epsilon) + 0.08 * (place - len(arms) / 2) for epsilon in shares]
-            y = [100 * share.value for share in shares.values()]
-            below = [100 * (share.value - share.low) for share in shares.values()]
-            above = [100 * (share.high - share.value) for share in shares.values()]
-            colour = mpl.colormaps["tab10"](place)
-            panel.errorbar(x, y, [below, above], label=arm, fmt="o", color=colour, capsize=2)
-        for epsilon, goal in GOALS.items():
+        for row in found[count]:
+            assert row.share is not None  # the others were left out above
+            place = arms.index(row.arm)
+            share = 100 * np.array([row.share.value, row.share.low, row.share.high])
+            panel.errorbar(
+                _ORDER.index(row.epsilon) + 0.8 * ((place + 0.5) / len(arms) - 0.5),
+                share[0], [[share[0] - share[1]], [share[2] - share[0]]],
+                fmt=_MARKERS[place % len(_MARKERS)], markersize=5, capsize=2,
+                color=mpl.colormaps["tab20"](place % 20), label=row.arm,
+            )  # fmt: skip
+        for epsilon, goal in GOALS.items() if count == 4 else ():
             at = _ORDER.index(epsilon)
-            panel.hlines(100 * goal, at - 0.45, at + 0.45, colors="grey", linestyles="dotted")
-        panel.axhline(0, color="grey", linewidth=0.8)
+            panel.hlines(100 * goal, at - 0.4, at + 0.4, colors="grey", linestyles="dotted")
+        for level in (0, 100):
+            panel.axhline(level, color="grey", linewidth=0.8)
+        for between in range(1, len(_ORDER)):
+            panel.axvline(between - 0.5, color="lightgrey", linewidth=0.8)
         panel.set_xticks(range(len(_ORDER)), [_name(epsilon) for epsilon in _ORDER])
-        panel.set_title(f"{count} hospitals (below {_LOWEST} % not shown)")
-        panel.set_ylim(bottom=_LOWEST)
-        panel.set_ylabel("share of the gain without privacy, %")
-    panels[-1].legend(fontsize=8, loc="lower right")
+        panel.set(title=f"{count} hospitals", xlim=(-0.5, len(_ORDER) - 0.5), ylim=(_LOWEST, 120))
+    panels[0].set_ylabel(f"share of the gain without privacy, %\n(below {_LOWEST} % not shown)")
+    labels = {
+        text: handle
+        for panel in panels
+        for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    shown = [arm for arm in arms if arm in labels]
+    drawing.legend([labels[arm] for arm in shown], shown, loc="outside right center", fontsize=8)
     drawing.savefig(file, dpi=150)
 
 
