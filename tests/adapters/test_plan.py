@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.plan import TrainingPlan, plan_round
-from conf.load import load
+from conf.load import ConfigError, load
 from conf.schema import RunSettings
 
 SETTINGS = load("simulate", ["federation.rounds=3", "federation.local_steps=4"], RunSettings)
@@ -59,9 +59,17 @@ def test_plan_survives_the_wire() -> None:
         {"round": 0},
         {"notes": "all"},
         {"statistics": "hessian"},
+        {"rounds": 1000, "local_steps": 101},  # more than a hospital can account for in seconds
+        {"privacy": SETTINGS.privacy.model_dump() | {"delta": 1e-13}},
     ],
 )
 def test_impossible_plans_are_refused(change: dict[str, object]) -> None:
     raw = plan_round(SETTINGS, "run", 1, PRINT).model_dump() | change
     with pytest.raises(ValidationError):
         TrainingPlan.model_validate(raw)
+
+
+def test_a_coordinator_is_told_of_more_steps_than_hospitals_can_account_for() -> None:
+    many = ["federation.rounds=1000", "federation.local_steps=101"]
+    with pytest.raises(ConfigError, match="rounds times local_steps must be 100,000 at most"):
+        load("simulate", many, RunSettings)
