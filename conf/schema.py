@@ -122,7 +122,8 @@ class OptimizerSettings(Settings):
 def require_countable(rounds: int, local_steps: int) -> None:
     """Raise ValueError for more steps than a hospital's accountant can weigh in seconds."""
     if rounds * local_steps > MOST_STEPS:
-        raise ValueError(f"rounds times local_steps must be {MOST_STEPS:,} at most")
+        steps = f"federation.rounds x federation.local_steps = {rounds * local_steps:,}"
+        raise ValueError(f"{steps}: at most {MOST_STEPS:,} steps can be accounted for")
 
 
 class FederationSettings(Settings):

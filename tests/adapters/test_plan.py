@@ -71,5 +71,5 @@ def test_impossible_plans_are_refused(change: dict[str, object]) -> None:
 
 def test_a_coordinator_is_told_of_more_steps_than_hospitals_can_account_for() -> None:
     many = ["federation.rounds=1000", "federation.local_steps=101"]
-    with pytest.raises(ConfigError, match="rounds times local_steps must be 100,000 at most"):
+    with pytest.raises(ConfigError, match="local_steps = 101,000: at most 100,000"):
         load("simulate", many, RunSettings)
