@@ -65,17 +65,14 @@ class Ledger:
         self.lineage, self.budget, self.delta = lineage, budget, delta
         anchored = anchor is not None and anchor.exists()
         own_key = path.with_name(path.name + ".key")
-        # What is made with a ledger, and outlives it: its own key, or a trace beside a key that
-        # lies elsewhere and may be that of several ledgers.
-        trace = site_key.trace(key, path) if key else own_key
-        if not path.exists() and (anchored or trace.exists()):
+        if not path.exists() and begun(path, key, anchor):
             raise LedgerError(f"{path}: {GONE}")
         self._file = LedgerFile(path)
         self._lock = FileLock(path.with_name(path.name + ".lock"))
         new = self._file.head() is None and not anchored
         self.key = site_key.obtain(key or own_key, may_create=new)
         if key:
-            site_key.leave_trace(trace, path)
+            site_key.leave_trace(site_key.trace(key, path), path)
         self._anchor = Anchor(anchor, self.key) if anchor else None
 
     @classmethod
@@ -216,6 +213,16 @@ class Ledger:
                 yield entries
             if self._anchor and (head := self._file.head()) and head != mark:
                 self._anchor.write(head)
+
+
+def begun(path: Path, key: Path | None, anchor: Path | None) -> bool:
+    """Whether there is, or once was, a ledger at ``path``; ``key`` and ``anchor`` as for Ledger.
+
+    What is made with a ledger outlives it: its own key, or a trace beside a key that lies elsewhere
+    and may be that of several ledgers; and its anchor.
+    """
+    trace = site_key.trace(key, path) if key else path.with_name(path.name + ".key")
+    return path.exists() or trace.exists() or (anchor is not None and anchor.exists())
 
 
 def reservations(entries: Sequence[Entry], lineage: str) -> list[Entry]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from client.privacy import durable
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Ledger, begun
 from client.refusal import Reason, Refusal
 from conf.policy import SitePolicy
 
@@ -27,8 +27,8 @@ def mark_unprotected(policy: SitePolicy) -> None:
     """Put down, durably, that something leaves without privacy. Raises Refusal by a ledger."""
     mark = unprotected_mark(policy)
     with _choosing(policy):
-        if policy.ledger.exists():
-            raise Refusal(Reason.LINEAGE_PRIVATE, f"{policy.ledger} exists")
+        if begun(policy.ledger, policy.site_key, policy.anchor):  # also where it has vanished
+            raise Refusal(Reason.LINEAGE_PRIVATE, f"{policy.ledger} was begun")
         if not mark.exists():
             durable.replace(mark, _WHY)
 

@@ -11,6 +11,7 @@ import pytest
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
+from client.privacy.accountant import GaussianSteps
 from client.privacy.unprotected import mark_unprotected, open_protected
 from client.refusal import Reason, Refusal
 from client.training import train_round
@@ -70,3 +71,17 @@ def test_of_many_that_begin_at_once_with_privacy_and_without_only_one_kind_goes_
             went_on = set(pool.map(begin, [True, False] * 3)) - {None}
         assert len(went_on) == 1
         assert own.ledger.exists() is went_on.pop()
+
+
+@pytest.mark.parametrize("elsewhere", [{}, {"site_key": "keys/site.key"}, {"anchor": "far/anchor"}])
+def test_a_ledger_that_vanished_forbids_training_without_privacy_too(
+    policy: MakePolicy, tmp_path: Path, elsewhere: dict[str, str]
+) -> None:
+    paths = {name: tmp_path / file for name, file in elsewhere.items()}
+    own = policy(privacy=OPEN, **paths)
+    with open_protected(own) as ledger:
+        ledger.reserve((GaussianSteps(1.0, 6.0, 1),), task="one")
+    own.ledger.unlink()
+    with pytest.raises(Refusal) as refused:
+        mark_unprotected(own)
+    assert refused.value.reason is Reason.LINEAGE_PRIVATE
