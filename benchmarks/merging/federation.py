@@ -1,9 +1,10 @@
 """A federation in memory: the product's private step and its merge, without network and ledger.
 
 Those change no number, and without them a hospital's round can be kept on disk and used again by
-every strategy that sends it the same adapter. The noise multiplier is solved for once, for all
-steps. Noise and samples follow from seed, hospital and round, so that variants see the same draws:
-the notes are public, and nothing that is trained here is ever released.
+every strategy that sends it the same adapter, and its first clipped sum under every budget. The
+noise multiplier is solved for once, for all steps. Noise and samples follow from seed, hospital and
+round, so that variants see the same draws: the notes are public, and nothing that is trained here
+is ever released.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec
@@ -25,7 +27,8 @@ from adapters.plan import TrainingPlan, plan_round
 from adapters.statistics import MeasuredAdapter, load_measured
 from benchmarks.merging.departments import Department, Scored
 from client.privacy.accountant import calibrate
-from client.privacy.engine import clipped_sum, noised_mean
+from client.privacy.engine import Gradient, clipped_sum, noised_mean
+from client.privacy.microbatch import Unit
 from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SeededSampling
 from client.privacy.sampling import poisson_sample
@@ -59,6 +62,7 @@ class Federation:
         self._fingerprint = base.fingerprint
         self._folder = folder
         self._attached: tuple[AdapterSpec, PeftModel] | None = None
+        self._base_bits: dict[str, list[float]] = {}
 
     def run(
         self,
@@ -87,6 +91,12 @@ class Federation:
         spec = AdapterSpec.of(settings.adapter)
         self._detach()
         return lora.initial(self._model, spec, settings.seed, settings.adapter.train)
+
+    def base_bits(self, settings: TrainingSettings, hospital: Department) -> list[float]:
+        """Bits of each held-out note under the base model; computed once."""
+        if hospital.name not in self._base_bits:
+            self._base_bits[hospital.name] = self.bits(self.initial(settings), hospital.held_out)
+        return self._base_bits[hospital.name]
 
     def bits(self, adapter: Adapter, notes: Sequence[Scored]) -> list[float]:
         """Bits of each note under the base model with the adapter."""
@@ -124,7 +134,10 @@ class Federation:
         sampling = noise or SeededSampling(*key)
         for step in range(plan.local_steps):
             rows = poisson_sample(hospital.units, privacy.sampling_rate, 1, sampling)
-            total = clipped_sum(model, rows, privacy.clip_norm, "fast", _MICRO_TOKENS)
+            if plan.round == 1 and step == 0:
+                total = self._first_sum(model, plan, received, rows)
+            else:
+                total = clipped_sum(model, rows, privacy.clip_norm, "fast", _MICRO_TOKENS)
             released = noised_mean(
                 total,
                 sigma * privacy.clip_norm,
@@ -145,6 +158,19 @@ class Federation:
             plan.statistics, sums, sigma, privacy.clip_norm, privacy.denominator, noise.normal
         )
         return MeasuredAdapter(trained.spec, trained.layers, statistics)
+
+    def _first_sum(
+        self, model: PeftModel, plan: TrainingPlan, received: Adapter, rows: Sequence[Unit]
+    ) -> Gradient:
+        """The first step's sum, from disk if it was computed before: no noise is in it yet."""
+        clip_norm = plan.privacy.clip_norm
+        trained = self._fingerprint, received.spec, received.fingerprint(), plan.upload, plan.seed
+        key = hashlib.sha256(repr((trained, clip_norm, rows)).encode()).hexdigest()[:32]
+        saved = self._folder / "first_sums" / f"{key}.safetensors"
+        if not saved.exists():
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            save_file(clipped_sum(model, rows, clip_norm, "fast", _MICRO_TOKENS), saved)
+        return load_file(saved)
 
     def _with(self, spec: AdapterSpec) -> PeftModel:
         if self._attached is None or self._attached[0] != spec:

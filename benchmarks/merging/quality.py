@@ -51,7 +51,6 @@ _COMMON = (
 )
 ARMS: dict[str, tuple[str, ...]] = {
     "fedsvd": ("strategy=fedsvd",),
-    "ffa": ("strategy=ffa",),
     "rolora": ("strategy=rolora", "adapter.train=alternate"),
     "core": ("strategy=ffa", "adapter.train=core", "adapter.rank=32", "adapter.alpha=64"),
     "fedavg": ("strategy=fedavg", "adapter.train=both"),
@@ -138,8 +137,8 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
     for count in more:
         for epsilon in EPSILONS:
             yield Cell(count, "fedsvd", epsilon, first, scale)
-    for count in hospitals:
-        for seed in seeds:
+    for seed in seeds:
+        for count in hospitals:
             for arm in (ALONE, POOLED, *ARMS):
                 for epsilon in EPSILONS:
                     yield Cell(count, arm, epsilon, seed, scale)
@@ -215,7 +214,7 @@ def _measured(cell: Cell) -> Result:
     def bits(adapter: Adapter) -> dict[str, list[float]]:
         return {site.name: federation.bits(adapter, site.held_out) for site in sites}
 
-    base = bits(federation.initial(made))
+    base = {site.name: federation.base_bits(made, site) for site in sites}
     rules: dict[str, dict[str, list[float]]] = {}
     if cell.arm == POOLED:
         everyone = {unit: rows for site in sites for unit, rows in site.units.items()}
