@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow explore lint format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -35,6 +35,9 @@ test: lint ## lint, types, import contracts, fast tests with coverage
 
 test-slow: $(READY) ## deployment on loopback and other tests that take minutes
 	$(BIN)/pytest -m slow
+
+explore: $(READY) ## the properties once more, on examples that nobody has tried
+	$(BIN)/pytest -m "not slow" -n 2 --hypothesis-profile=explore
 
 lint: $(READY) ## style, types, who may import whom
 	$(BIN)/ruff check .
