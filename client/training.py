@@ -11,24 +11,13 @@ gate. A task that was answered before gets the stored reply again.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
-
-import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from adapters import lora
-from adapters.adapter import Adapter, AdapterSpec
-from adapters.base_model import BaseModel, ModelError, load_base
+from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from adapters.statistics import Statistic, Statistics
-from client.notes.load import NotesError, load_notes
-from client.notes.note import Note
-from client.notes.split import split_units
+from client.local_steps import LocalSteps
 from client.privacy.accountant import BudgetExhausted, GaussianSteps, calibrate
 from client.privacy.authorise import (
     authorise,
@@ -36,32 +25,25 @@ from client.privacy.authorise import (
     require_model,
     require_unit,
 )
-from client.privacy.engine import clipped_sum, noised_mean, rehearse
 from client.privacy.gate import Gate, Outgoing
 from client.privacy.ledger import Ledger, LedgerError, Reservation
 from client.privacy.metadata import (
+    Facts,
     SharedNumbers,
     StepNoise,
     charges,
     later_charges,
     step_noise,
-    unit_losses,
 )
-from client.privacy.per_note import trained_parameters
 from client.privacy.randomness import SecureRandomness, SeededSampling
 from client.privacy.released import Charge, Fact, Released, Source
-from client.privacy.sampling import poisson_sample
 from client.privacy.seeded_noise import SeededNoise
-from client.privacy.statistics import released_statistics, statistic_sums
 from client.privacy.unprotected import mark_unprotected, open_protected
 from client.refusal import Reason, Refusal, failure_site
+from client.site_units import site_units
 from client.upload import rounded
+from client.workbench import workbench
 from conf.policy import SitePolicy
-from conf.schema import ComputeSettings, ModelSettings, OptimizerSettings
-
-log = logging.getLogger(__name__)
-
-Units = dict[str, tuple[Note, ...]]
 
 
 def train_round(
@@ -81,7 +63,7 @@ def train_round(
     """
     authorise(plan, policy, datetime.now().astimezone())
     if not plan.privacy.enabled:
-        return _train(plan, received, policy, None, None, on_step, audit_head)
+        return _train_unprotected(plan, received, policy, on_step)
     random = SecureRandomness()
     if test_seed is not None:
         random = SeededNoise(policy.lineage, test_seed, policy.site, _task(plan, received))
@@ -90,68 +72,51 @@ def train_round(
             reply = ledger.reply(_task(plan, received))
             if reply is not None:
                 return Outgoing.from_bytes(reply)
-            return _train(plan, received, policy, ledger, random, on_step, audit_head)
+            return _train_private(plan, received, policy, ledger, random, on_step, audit_head)
     except LedgerError as problem:
         raise Refusal(Reason.INTERNAL, str(problem)) from None
 
 
-def _train(
+def _train_unprotected(
     plan: TrainingPlan,
     received: Adapter,
     policy: SitePolicy,
-    ledger: Ledger | None,
-    random: SecureRandomness | None,
+    on_step: Callable[[int], None] | None,
+) -> Outgoing:
+    local = _prepared(plan, received, policy)
+    sampling = SeededSampling(plan.seed, policy.site, plan.round)
+    numbers = SharedNumbers(plan, policy)
+    facts = _facts(plan, policy) | local.run(StepNoise(0.0, None), sampling, numbers, on_step)
+    trained = Released(lora.read(local.model, plan.spec), Source.POLICY_PUBLIC)
+    mark_unprotected(policy)  # before anything leaves
+    released = Gate(plan, policy, received, charge=None).release(trained, facts)
+    return rounded(released, plan, received, policy)
+
+
+def _train_private(
+    plan: TrainingPlan,
+    received: Adapter,
+    policy: SitePolicy,
+    ledger: Ledger,
+    random: SecureRandomness,
     on_step: Callable[[int], None] | None,
     audit_head: str | None,
 ) -> Outgoing:
-    """The round itself; without ``ledger`` and ``random`` it trains without privacy."""
-    bench = _workbench(policy.model, policy.compute, plan.spec)
-    model = bench.model
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    require_model(plan, bench.fingerprint, longest)
-    require_layers(plan, policy, lora.depth(bench.base.model))
-    try:
-        trained_layers = plan.trained_layers(received.layers)
-        lora.train_only(model, plan.upload, plan.seed, trained_layers)
-    except lora.UnsupportedAdapter as problem:
-        raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
-    units = site_units(policy, plan.privacy.unit)
-    require_unit(plan, units.has_patients)
-    try:
-        lora.write(model, received)
-    except ValueError as problem:
-        raise Refusal(Reason.ADAPTER_INVALID, str(problem)) from None
-    tokens = _Tokens(bench.base.tokenizer, plan.privacy.max_tokens)
-    facts = {
-        "site": Released[Fact](policy.site, Source.POLICY_PUBLIC),
-        "steps": Released[Fact](plan.local_steps, Source.PLAN),
-    }
-    if ledger is None or random is None:
-        numbers = SharedNumbers(plan, policy)
-        sampling = SeededSampling(plan.seed, policy.site, plan.round)
-        noise = StepNoise(0.0, None)
-        facts |= _steps(
-            model, plan, units, tokens, policy.compute, noise, sampling, numbers, on_step
-        )
-        trained = Released(lora.read(model, plan.spec), Source.POLICY_PUBLIC)
-        mark_unprotected(policy)  # before anything leaves
-        released = Gate(plan, policy, received, charge=None).release(trained, facts)
-        return rounded(released, plan, received, policy)
-
-    bench.rehearse(plan, policy)
+    local = _prepared(plan, received, policy)
+    local.bench.rehearse(plan, policy)
     reservation, charge = _reserve(ledger, plan, received, policy, audit_head, random.name)
     try:
         noise = step_noise(charge.noise_multiplier, policy.share)
         numbers = SharedNumbers(plan, policy, charge, random)
-        facts |= _steps(model, plan, units, tokens, policy.compute, noise, random, numbers, on_step)
+        facts = _facts(plan, policy) | local.run(noise, random, numbers, on_step)
         facts |= {
             "unit": Released(plan.privacy.unit, Source.PLAN),
             "noise_multiplier": Released(charge.noise_multiplier, Source.LEDGER),
             "epsilon_spent": Released(ledger.spent(), Source.LEDGER),
             "delta": Released(ledger.delta, Source.LEDGER),
         }
-        trained = Released(lora.read(model, plan.spec), charge.mechanism("gradient"))
-        measured = _statistics(model, plan, units, tokens, policy.compute, charge, random)
+        trained = Released(lora.read(local.model, plan.spec), charge.mechanism("gradient"))
+        measured = local.statistics(charge, random)
         released = Gate(plan, policy, received, charge).release(trained, facts, measured)
         reply = rounded(released, plan, received, policy).to_bytes()
     except Refusal as refusal:
@@ -164,109 +129,31 @@ def _train(
     return Outgoing.from_bytes(reply)
 
 
-@dataclass(frozen=True)
-class SiteUnits:
-    """A site's units on both sides of the split, and whether its notes have patient ids."""
-
-    train: Units
-    held_out: Units
-    has_patients: bool
-
-
-def site_units(policy: SitePolicy, unit: str) -> SiteUnits:
-    """Units this site trains on, and its held-out ones.
-
-    The split is by patient whatever the privacy unit ("patient" or "note"), so that no patient is
-    on both sides. Raises Refusal when the notes cannot be read.
-    """
+def _prepared(plan: TrainingPlan, received: Adapter, policy: SitePolicy) -> LocalSteps:
+    """The received adapter on the model, and the notes, if the site can do what is asked."""
+    bench = workbench(policy.model, policy.compute, plan.spec)
+    longest = getattr(bench.model.config.get_text_config(), "max_position_embeddings", None)
+    require_model(plan, bench.fingerprint, longest)
+    require_layers(plan, policy, lora.depth(bench.base.model))
     try:
-        notes = load_notes(policy.notes)
-    except NotesError as problem:
-        raise Refusal(Reason.NOTES_UNUSABLE, str(problem)) from None
-    sides = split_units(notes.units(), policy.notes.holdout)
-    if unit == "note":
-        sides = _by_note(sides[0]), _by_note(sides[1])
-    return SiteUnits(*sides, notes.has_patients)
+        trained_layers = plan.trained_layers(received.layers)
+        lora.train_only(bench.model, plan.upload, plan.seed, trained_layers)
+    except lora.UnsupportedAdapter as problem:
+        raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None
+    units = site_units(policy, plan.privacy.unit)
+    require_unit(plan, units.has_patients)
+    try:
+        lora.write(bench.model, received)
+    except ValueError as problem:
+        raise Refusal(Reason.ADAPTER_INVALID, str(problem)) from None
+    return LocalSteps(bench, plan, units, policy.compute)
 
 
-def training_units(policy: SitePolicy, unit: str) -> tuple[Units, bool]:
-    """Units this site trains on, and whether notes have patient ids; see ``site_units``."""
-    units = site_units(policy, unit)
-    return units.train, units.has_patients
-
-
-def _by_note(units: Units) -> Units:
-    return {f"{u}\n{note.note_id}": (note,) for u, own in units.items() for note in own}
-
-
-def _steps(
-    model: PeftModel,
-    plan: TrainingPlan,
-    units: SiteUnits,
-    tokens: _Tokens,
-    compute: ComputeSettings,
-    noise: StepNoise,
-    random: SecureRandomness | SeededSampling,
-    numbers: SharedNumbers,
-    on_step: Callable[[int], None] | None,
-) -> dict[str, Released[Fact]]:
-    """Run the local steps of one round on the live model; the numbers that leave beside it."""
-    privacy = plan.privacy
-    shared = numbers.counts(units.train) | numbers.score(model, units.held_out, tokens)
-    parameters = trained_parameters(model)
-    optimizer = _optimizer(list(parameters.values()), plan.optimizer)
-    normal = random.normal if isinstance(random, SecureRandomness) else None
-    for step in range(plan.local_steps):
-        batch = poisson_sample(
-            units.train, privacy.sampling_rate, privacy.max_notes_per_unit, random
-        )
-        rows = [[tokens(note) for note in notes] for notes in batch]
-        numbers.step(model, rows, noise.loss)
-        total = clipped_sum(model, rows, privacy.clip_norm, compute.engine, compute.micro_tokens)
-        released = noised_mean(
-            total, noise.gradient * privacy.clip_norm, privacy.denominator, normal
-        )
-        for name, p in parameters.items():
-            p.grad = released[name].to(p.dtype)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if on_step:
-            on_step(step + 1)
-    return shared | numbers.loss(noise.loss)
-
-
-def _statistics(
-    model: PeftModel,
-    plan: TrainingPlan,
-    units: SiteUnits,
-    tokens: _Tokens,
-    compute: ComputeSettings,
-    charge: Charge,
-    random: SecureRandomness,
-) -> Released[Statistics] | None:
-    """What the merge needs beside the adapter, measured under the trained adapter; None: nothing.
-
-    Sample, noise and divisor are those of one more step, as which it is charged.
-    """
-    kind, privacy = plan.statistics, plan.privacy
-    if kind is None:
-        return None
-    batch = poisson_sample(units.train, privacy.sampling_rate, privacy.max_notes_per_unit, random)
-    rows = [[tokens(note) for note in notes] for notes in batch]
-    sums = statistic_sums(
-        model, kind, rows, privacy.clip_norm, compute.engine, compute.micro_tokens
-    )
-    noised = released_statistics(
-        kind,
-        sums,
-        charge.noise_multiplier,
-        privacy.clip_norm,
-        privacy.denominator,
-        random.normal,
-    )
-    return Released(noised, charge.mechanism("statistics"))
+def _facts(plan: TrainingPlan, policy: SitePolicy) -> Facts:
+    return {
+        "site": Released[Fact](policy.site, Source.POLICY_PUBLIC),
+        "steps": Released[Fact](plan.local_steps, Source.PLAN),
+    }
 
 
 def _reserve(
@@ -323,66 +210,3 @@ def _task(plan: TrainingPlan, received: Adapter) -> str:
     return hashlib.sha256(
         f"{plan.model_dump_json()}\n{received.fingerprint()}".encode()
     ).hexdigest()
-
-
-def _optimizer(
-    parameters: list[torch.nn.Parameter], settings: OptimizerSettings
-) -> torch.optim.Optimizer:
-    if settings.name == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.learning_rate)
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-
-
-class _Tokens:
-    """Tokens of a note's public window: its first ``max_tokens`` tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self._tokenizer, self._max_tokens = tokenizer, max_tokens
-
-    def __call__(self, note: Note) -> list[int]:
-        return self._tokenizer(note.text, truncation=True, max_length=self._max_tokens).input_ids
-
-
-@dataclass(frozen=True)
-class _Workbench:
-    base: BaseModel
-    fingerprint: str
-    model: PeftModel
-    rehearsed: set[tuple[frozenset[str], int, Statistic | None, int]]
-
-    def rehearse(self, plan: TrainingPlan, policy: SitePolicy) -> None:
-        """Find out once whether there is memory for such a plan. Raises Refusal.
-
-        How much it takes depends on which layers are trained, not only on how many.
-        """
-        longest, kind = plan.privacy.max_tokens, plan.statistics
-        shares_losses = {policy.share.losses, policy.share.scores} != {"never"}
-        scored = plan.privacy.max_notes_per_unit if shares_losses else 0  # notes of a unit
-        what = frozenset(trained_parameters(self.model)), longest, kind, scored
-        if what in self.rehearsed:
-            return
-        how = policy.compute.engine, policy.compute.micro_tokens
-        try:
-            rehearse(self.model, longest, *how)
-            if kind:
-                statistic_sums(self.model, kind, [[[0] * longest], [[0]]], 1.0, *how)
-            if scored:
-                unit_losses(self.model, [[[0] * longest] * scored])
-        except (MemoryError, RuntimeError):  # which PyTorch raises too
-            raise Refusal(Reason.LIMIT_EXCEEDED, "the plan cannot be computed here") from None
-        self.rehearsed.add(what)
-
-
-@lru_cache(maxsize=1)
-def _workbench(settings: ModelSettings, compute: ComputeSettings, spec: AdapterSpec) -> _Workbench:
-    """Base model with the adapter attached; kept between the messages of one process."""
-    try:
-        base = load_base(settings)
-        if compute.gradient_checkpointing:
-            base.model.gradient_checkpointing_enable({"use_reentrant": False})
-        fingerprint = base.fingerprint
-        return _Workbench(base, fingerprint, lora.attach(base.model, spec), set())
-    except ModelError as problem:
-        raise Refusal(Reason.MODEL_MISMATCH, str(problem)) from None
-    except lora.UnsupportedAdapter as problem:
-        raise Refusal(Reason.LIMIT_EXCEEDED, str(problem)) from None

@@ -17,7 +17,7 @@ from adapters.base_model import BaseModel
 from adapters.chosen_layers import layer_number
 from client.privacy.accountant import NAME as ACCOUNTANT
 from client.privacy.ledger import Ledger
-from client.training import training_units
+from client.site_units import site_units
 from conf.schema import RunSettings
 from server.release_card import AlignmentFacts, HospitalFacts, PrivacyFacts, ReleaseFacts, Score
 from server.run_folder import RunFolder, write_atomically
@@ -146,14 +146,14 @@ def release_facts(
 def _holdings(settings: RunSettings, site: Site, name: str) -> dict[str, Any]:
     """What a hospital holds and what it has spent, from its notes and its own ledger."""
     privacy = settings.privacy
-    units, has_patients = training_units(site.policy, "patient")
-    own = {u: n for u, n in units.items() if (n[0].hospital or site.name) == name}
+    units = site_units(site.policy, "patient")
+    own = {u: n for u, n in units.train.items() if (n[0].hospital or site.name) == name}
     epsilon = None
     if privacy.enabled:
         with Ledger.of(site.policy) as ledger:
             epsilon = ledger.spent()
     return {
-        "patients": len(own) if has_patients else None,
+        "patients": len(own) if units.has_patients else None,
         "notes": sum(map(len, own.values())),
         "rejected_records": site.rejected,
         "epsilon": epsilon,

@@ -1,7 +1,7 @@
 """The functions that a private step is made of, as one value, so that one of them can be swapped.
 
-``HONEST`` holds the very functions that ``client.training`` calls. The checks take an ``Engine``;
-a check that cannot tell a sabotaged engine from the honest one is worth nothing.
+``HONEST`` holds the very functions that ``client.local_steps`` calls. The checks take an
+``Engine``; a check that cannot tell a sabotaged engine from the honest one is worth nothing.
 """
 
 from __future__ import annotations

@@ -307,14 +307,14 @@ def test_no_note_is_in_the_reply_or_the_log_of_an_honest_round(
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("client.training.load_notes", Reason.INTERNAL),
+        ("client.site_units.load_notes", Reason.INTERNAL),
         ("client.training.authorise", Reason.INTERNAL),
         ("client.training.calibrate", Reason.INTERNAL),
-        ("client.training.poisson_sample", Reason.TRAINING_FAILED),
+        ("client.local_steps.poisson_sample", Reason.TRAINING_FAILED),
         ("client.privacy.per_note.memory_saving_losses", Reason.TRAINING_FAILED),
-        ("client.training.noised_mean", Reason.TRAINING_FAILED),
+        ("client.local_steps.noised_mean", Reason.TRAINING_FAILED),
         ("client.training.Gate.release", Reason.TRAINING_FAILED),
-        ("client.training.SharedNumbers.counts", Reason.TRAINING_FAILED),
+        ("client.local_steps.SharedNumbers.counts", Reason.TRAINING_FAILED),
         ("client.app.pack_result", Reason.INTERNAL),
     ],
 )

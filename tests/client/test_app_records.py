@@ -119,16 +119,16 @@ def test_noised_numbers_leave_noised_and_are_charged_with_the_steps(
 def test_the_gradient_carries_the_noise_that_sharing_the_loss_leaves_it(
     hospital: Install, plan: Make, starting_point: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from client import training
+    from client import local_steps
 
     used: list[float] = []
-    real = training.noised_mean
+    real = local_steps.noised_mean
 
     def watched(total: Any, std: float, *others: Any) -> Any:
         used.append(std)
         return real(total, std, *others)
 
-    monkeypatch.setattr(training, "noised_mean", watched)
+    monkeypatch.setattr(local_steps, "noised_mean", watched)
     east = hospital(share={"losses": "noised"})
     facts = facts_of(east.ask(plan(privacy={"clip_norm": 0.5}), starting_point[0]))
     charged = facts["noise_multiplier"]
@@ -237,7 +237,7 @@ def test_an_internal_error_has_its_line_and_quotes_nothing(
     def quote(*_: object, **__: object) -> None:
         raise ValueError("Zyxwvut Quibbleforth")
 
-    monkeypatch.setattr("client.training.load_notes", quote)
+    monkeypatch.setattr("client.site_units.load_notes", quote)
     east = hospital()
     assert code_of(east.ask(plan(), starting_point[0])) == "INTERNAL"
     assert [line["code"] for line in lines_of(east)] == ["TASK", "INTERNAL"]

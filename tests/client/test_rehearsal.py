@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
-from client import training
+from client import workbench
 from client.privacy.ledger import Ledger
 from client.privacy.per_note import trained_parameters
 from client.refusal import Reason, Refusal
@@ -31,8 +31,8 @@ def test_a_plan_that_does_not_fit_into_memory_is_refused_before_anything_is_samp
     def short(*_: object) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 9 GB")
 
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "rehearse", short)
+    workbench.workbench.cache_clear()
+    monkeypatch.setattr(workbench, "rehearse", short)
     own = policy()
     with pytest.raises(Refusal) as refusal:
         train_round(plan(), starting_point[0], own)
@@ -57,8 +57,8 @@ def test_a_loss_that_does_not_fit_into_memory_is_refused_before_anything_is_samp
         seen.append([[len(row) for row in unit] for unit in units])
         raise RuntimeError("not enough memory: you tried to allocate 9 GB")
 
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "unit_losses", short)
+    workbench.workbench.cache_clear()
+    monkeypatch.setattr(workbench, "unit_losses", short)
     own = policy()
     train_round(plan(run="other"), starting_point[0], own)  # shares no loss
     own = policy(share={shared: mode})
@@ -79,8 +79,8 @@ def test_every_half_of_the_layers_is_rehearsed_once(
     def note(model: PeftModel, *_: object) -> None:
         halves.append(frozenset(trained_parameters(model)))
 
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "rehearse", note)
+    workbench.workbench.cache_clear()
+    monkeypatch.setattr(workbench, "rehearse", note)
     own, rounds = policy(), range(1, 7)
     for number in rounds:
         asked = plan(round=number, rounds=6, local_steps=1, adapter={"freeze_half": True})

@@ -17,7 +17,7 @@ from adapters.adapter import Adapter
 from adapters.base_model import load_base
 from adapters.plan import TrainingPlan
 from adapters.statistics import Statistic
-from client import training
+from client import local_steps, workbench
 from client.privacy.accountant import GaussianSteps, epsilon
 from client.privacy.ledger import Ledger
 from client.refusal import Reason, Refusal
@@ -43,14 +43,14 @@ def test_statistics_are_charged_with_the_round_before_anybody_is_sampled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own, seen = policy(share=SHARED), []
-    real = training.poisson_sample
+    real = local_steps.poisson_sample
 
     def watched(*arguments: Any) -> Any:
         with Ledger.of(own) as other:  # as another process would read it
             seen.append(other.history())
         return real(*arguments)
 
-    monkeypatch.setattr(training, "poisson_sample", watched)
+    monkeypatch.setattr(local_steps, "poisson_sample", watched)
     spent: list[float] = []
     charges: tuple[GaussianSteps, ...] = ()
     for number in (1, 2):
@@ -152,15 +152,15 @@ def test_statistics_are_rehearsed_on_nobody_before_anything_is_charged(
     def short(*_: object) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 9 GB")
 
-    training._workbench.cache_clear()
-    monkeypatch.setattr(training, "statistic_sums", short)
+    workbench.workbench.cache_clear()
+    monkeypatch.setattr(workbench, "statistic_sums", short)
     own = policy(share=SHARED)
     with pytest.raises(Refusal) as refusal:
         train_round(plan(strategy="regmean", statistics="gram"), starting_point[0], own)
     assert refusal.value.reason is Reason.LIMIT_EXCEEDED
     with Ledger.of(own) as ledger:
         assert ledger.history() == ()
-    training._workbench.cache_clear()
+    workbench.workbench.cache_clear()
 
 
 def test_the_audit_log_says_that_statistics_left(

@@ -16,14 +16,15 @@ from adapters.adapter import Adapter
 from adapters.base_model import load_base
 from adapters.lowrank import LowRank
 from adapters.plan import TrainingPlan
-from client import training
+from client import local_steps
 from client.notes.split import split_units
 from client.privacy.accountant import GaussianSteps, epsilon
 from client.privacy.authorise import require_model
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import SecureRandomness
 from client.refusal import Reason, Refusal
-from client.training import train_round, training_units
+from client.site_units import site_units
+from client.training import train_round
 from conf.policy import SitePolicy
 from conf.schema import ModelSettings
 
@@ -60,7 +61,7 @@ def test_the_charge_is_on_disk_before_the_first_gradient(
         return watched
 
     for name in ("poisson_sample", "clipped_sum"):
-        monkeypatch.setattr(training, name, watch(getattr(training, name)))
+        monkeypatch.setattr(local_steps, name, watch(getattr(local_steps, name)))
     outgoing = train_round(plan(), starting_point[0], own)
     charge = GaussianSteps(1.0, float(outgoing.facts["noise_multiplier"]), 2)
     assert seen == [(charge,)] * 4  # a sample and a gradient, twice
@@ -305,11 +306,12 @@ def test_learning_rate_and_steps_are_the_plans(
 
 
 def test_held_out_patients_are_never_trained_on(policy: MakePolicy) -> None:
-    units, has_patients = training_units(policy(), "patient")
-    assert has_patients
+    found = site_units(policy(), "patient")
+    units = found.train
+    assert found.has_patients
     assert 5 < len(units) < 15  # of 15
     assert all(note.patient_id == unit for unit, notes in units.items() for note in notes)
-    by_note, _ = training_units(policy(), "note")
+    by_note = site_units(policy(), "note").train
     assert len(by_note) == sum(map(len, units.values()))
     assert {n.patient_id for notes in by_note.values() for n in notes} == set(units)
     assert {note.text for notes in by_note.values() for note in notes} == {
@@ -323,21 +325,21 @@ def test_a_note_is_cut_to_the_plans_window(
     starting_point: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = training.clipped_sum
+    real = local_steps.clipped_sum
     lengths: list[int] = []
 
     def watched(model: Any, units: Any, *others: Any) -> Any:
         lengths.extend(len(note) for unit in units for note in unit)
         return real(model, units, *others)
 
-    monkeypatch.setattr(training, "clipped_sum", watched)
+    monkeypatch.setattr(local_steps, "clipped_sum", watched)
     train_round(plan(privacy=OFF | {"max_tokens": 11}), starting_point[0], policy(privacy=OPEN))
     assert set(lengths) == {11}
 
 
 def test_unusable_notes_are_a_refusal_whose_detail_is_for_the_site(policy: MakePolicy) -> None:
     with pytest.raises(Refusal) as refusal:
-        training_units(policy(notes={"path": Path("/nowhere/notes.jsonl")}), "patient")
+        site_units(policy(notes={"path": Path("/nowhere/notes.jsonl")}), "patient")
     assert refusal.value.reason is Reason.NOTES_UNUSABLE
     assert "/nowhere" not in str(refusal.value)
     assert "notes.path=/nowhere/notes.jsonl" in refusal.value.detail

@@ -15,7 +15,7 @@ from adapters.base_model import BaseModel, load_base
 from adapters.lowrank import LowRank
 from adapters.scoring import TextScore
 from client.notes.load import load_notes
-from client.training import training_units
+from client.site_units import site_units
 from conf.load import load
 from conf.schema import ModelSettings, RunSettings
 from server.run_folder import RunFolder
@@ -45,7 +45,7 @@ def test_one_note_of_each_held_out_patient_is_scored_at_its_hospital(pooled: Sit
     assert list(texts) == ["east", "mid", "west"]
     notes = load_notes(pooled.policy.notes).notes
     by_text = {note.text: note for note in notes}
-    training, _ = training_units(pooled.policy, "patient")
+    training = site_units(pooled.policy, "patient").train
     scored: list[Any] = []
     for hospital, own in texts.items():
         assert own

@@ -27,7 +27,7 @@ from client.notes.split import split_units
 from client.privacy.accountant import epsilon
 from client.privacy.ledger import Ledger
 from client.site import read_policy
-from client.training import training_units
+from client.site_units import site_units
 from conf.load import load
 from conf.schema import ModelSettings, RunSettings
 from server.run_folder import RunFolder
@@ -98,7 +98,7 @@ def test_the_summary_says_what_every_hospital_holds_and_has_spent(run: Finished)
     assert list(run.summary["hospitals"]) == SITES
     for name, hospital in run.summary["hospitals"].items():
         policy = read_policy(run.folder.path / "sites" / f"{name}.yaml")
-        units, _ = training_units(policy, "patient")
+        units = site_units(policy, "patient").train
         assert hospital["patients"] == len(units) > 0
         assert hospital["notes"] == sum(map(len, units.values())) == 2 * len(units)
         assert hospital["rejected_records"] == 0
@@ -276,7 +276,7 @@ def test_the_held_out_patients_stand_in_no_ones_training(run: Finished) -> None:
         lines = (run.folder.path / "notes" / f"{name}.jsonl").read_text().splitlines()
         patients = {json.loads(line)["patient"] for line in lines}
         _, held_out = split_units(dict.fromkeys(patients, ()), policy.notes.holdout)
-        trained_on, _ = training_units(policy, "patient")
+        trained_on = site_units(policy, "patient").train
         assert set(trained_on) == patients - set(held_out)
         assert held_out
 

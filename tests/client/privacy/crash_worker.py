@@ -31,6 +31,7 @@ from client.privacy.ledger import Ledger
 from client.privacy.ledger_file import LedgerFile
 from client.privacy.randomness import SecureRandomness
 from client.site import SITE, read_policy
+from client.workbench import workbench
 from conf.policy import SitePolicy
 from transport.wire import pack_task
 
@@ -88,10 +89,13 @@ def answer(order: dict[str, Any], plan: TrainingPlan, adapter: Adapter) -> None:
             wire.write(half)
 
 
-def obey(order: dict[str, Any], plan: TrainingPlan, adapter: Adapter) -> tuple[int, float]:
-    """Fork, kill after the delay, and return the child's exit status and how long it lived."""
+def obey(
+    order: dict[str, Any], plan: TrainingPlan, adapter: Adapter
+) -> tuple[int, dict[str, float]]:
+    """Fork and kill after the delay; the child's exit status, and how long it lived since when."""
     os.environ[SITE] = order["site"]
-    began = time.monotonic()
+    drawn = Path(order["sent"]).with_suffix(".drawn")
+    since = {"start": time.monotonic()}
     child = os.fork()
     if child == 0:
         answer(order, plan, adapter)
@@ -99,18 +103,23 @@ def obey(order: dict[str, Any], plan: TrainingPlan, adapter: Adapter) -> tuple[i
     killed = False
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
-        lived = time.monotonic() - began
+        now = time.monotonic()
+        if "draw" not in since and drawn.exists():
+            since["draw"] = now
+        lived = {event: now - then for event, then in since.items()}
         if ended:
             return os.waitstatus_to_exitcode(status), lived
-        if not killed and order["delay"] is not None and lived >= order["delay"]:
-            os.kill(child, signal.SIGKILL)  # not yet waited for, so the number is still its own
-            killed = True
+        if not killed and order["delay"] is not None:
+            event, seconds = order["delay"]
+            if lived.get(event, -1.0) >= seconds:
+                os.kill(child, signal.SIGKILL)  # not yet waited for, so the number is still its own
+                killed = True
         time.sleep(0.0005)
 
 
 def warm(policy: SitePolicy, plan: TrainingPlan, adapter: Adapter, most: int) -> None:
     """Load the model, and have the accountants know every history of up to ``most`` attempts."""
-    bench = training._workbench(policy.model, policy.compute, plan.spec)
+    bench = workbench(policy.model, policy.compute, plan.spec)
     bench.rehearse(plan, policy)
     with Ledger.of(policy) as ledger:
         for _ in range(most):

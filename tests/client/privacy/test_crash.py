@@ -29,7 +29,7 @@ from transport.wire import pack_result
 ROOT = Path(__file__).parents[3]
 MakePlan = Callable[..., TrainingPlan]
 MakePolicy = Callable[..., SitePolicy]
-Worker = Callable[..., tuple[int, float]]
+Worker = Callable[..., tuple[int, dict[str, float]]]
 KILLED = -signal.SIGKILL
 ATTEMPTS = 5  # under one ledger: so many histories the worker has prepared for
 
@@ -46,8 +46,14 @@ class Site:
         self.file.write_text(yaml.safe_dump(self.policy.model_dump(mode="json")))
         self.attempts = 0
 
-    def attempt(self, delay: float | None = None, point: Any = None) -> tuple[int, float]:
-        """Ask the task of a process that dies after ``delay`` s or at ``point``, or not at all."""
+    def attempt(
+        self, delay: tuple[str, float] | None = None, point: Any = None
+    ) -> tuple[int, dict[str, float]]:
+        """Ask the task of a process that dies after ``delay`` or at ``point``, or not at all.
+
+        ``delay`` is in seconds since the process's "start", or since the first "draw" of a sample;
+        so is how long it lived.
+        """
         self.attempts += 1
         sent = self.folder / f"sent-{self.attempts}"
         return self._work(site=str(self.file), sent=str(sent), delay=delay, point=point)
@@ -115,7 +121,7 @@ def site(
         assert process.stdout.readline() == "ready\n"
         workers.append(process)
 
-    def work(**order: Any) -> tuple[int, float]:
+    def work(**order: Any) -> tuple[int, dict[str, float]]:
         pipe = workers[0]
         assert pipe.stdin
         assert pipe.stdout
@@ -129,7 +135,10 @@ def site(
 
 
 def kill_at_random(site: Callable[[], Site], kills: int) -> None:
-    """Kill so many processes, a few under each ledger, and let each ledger answer in the end."""
+    """Kill so many processes, a few under each ledger, and let each ledger answer in the end.
+
+    Half of the instants are after the first draw, for most of a process's life is before it.
+    """
     draw = random.Random()
     honest = site()
     longest = honest.attempt()[1]
@@ -138,7 +147,8 @@ def kill_at_random(site: Callable[[], Site], kills: int) -> None:
     while kills > 0:
         east = site()
         for _ in range(ATTEMPTS - 1):
-            status, _ = east.attempt(delay=draw.uniform(0, longest))
+            since = draw.choice(["start", "draw"])
+            status, _ = east.attempt(delay=(since, draw.uniform(0, longest[since])))
             assert status in (KILLED, 0)
             kills -= status == KILLED
             states.add(" ".join(e.state for e in east.check()))

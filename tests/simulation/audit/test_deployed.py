@@ -10,8 +10,9 @@ import pytest
 from adapters import lora
 from adapters.adapter import Adapter
 from adapters.base_model import load_base
-from client import training
+from client import local_steps, training
 from client.privacy.engine import noised_mean
+from client.site_units import SiteUnits
 from conf.commands import AuditCommand
 from conf.policy import SitePolicy
 from simulation.audit.deployed import deployed_noise
@@ -42,7 +43,7 @@ def test_less_noise_than_was_charged_is_seen(
     tiny_audit: AuditCommand, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        training, "noised_mean", lambda s, std, d, n: noised_mean(s, 0.7 * std, d, n)
+        local_steps, "noised_mean", lambda s, std, d, n: noised_mean(s, 0.7 * std, d, n)
     )
     assert failed(tiny_audit, tmp_path, start) == {"noise"}
 
@@ -64,14 +65,14 @@ def test_a_scale_that_follows_the_number_of_patients_is_seen(
     sizes = []
     real = training.site_units
 
-    def counted(policy: SitePolicy, unit: str) -> training.SiteUnits:
+    def counted(policy: SitePolicy, unit: str) -> SiteUnits:
         units = real(policy, unit)
         sizes.append(len(units.train))
         return units
 
     monkeypatch.setattr(training, "site_units", counted)
     monkeypatch.setattr(
-        training, "noised_mean", lambda s, std, d, n: noised_mean(s, std, sizes[-1] // 4, n)
+        local_steps, "noised_mean", lambda s, std, d, n: noised_mean(s, std, sizes[-1] // 4, n)
     )
     assert "constant" in failed(tiny_audit, tmp_path, start)
     assert sizes == [40, 40, 80]
