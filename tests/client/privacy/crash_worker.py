@@ -8,6 +8,7 @@ reply to a file. It is killed with SIGKILL after a delay, or exactly where a poi
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -95,6 +96,7 @@ def obey(
     """Fork and kill after the delay; the child's exit status, and how long it lived since when."""
     os.environ[SITE] = order["site"]
     drawn = Path(order["sent"]).with_suffix(".drawn")
+    event, seconds = order["delay"] or ("start", math.inf)
     since = {"start": time.monotonic()}
     child = os.fork()
     if child == 0:
@@ -109,11 +111,9 @@ def obey(
         lived = {event: now - then for event, then in since.items()}
         if ended:
             return os.waitstatus_to_exitcode(status), lived
-        if not killed and order["delay"] is not None:
-            event, seconds = order["delay"]
-            if lived.get(event, -1.0) >= seconds:
-                os.kill(child, signal.SIGKILL)  # not yet waited for, so the number is still its own
-                killed = True
+        if not killed and lived.get(event, -1.0) >= seconds:
+            os.kill(child, signal.SIGKILL)  # not yet waited for, so the number is still its own
+            killed = True
         time.sleep(0.0005)
 
 

@@ -209,9 +209,9 @@ def test_two_processes_with_one_task_send_the_same_bytes(
     with Ledger.of(east.policy) as ledger:
         turn = ledger.turn()
         turn.__enter__()  # as a process that trains
-        status, lived = east.attempt(delay=1.0)
+        status, lived = east.attempt(delay=("start", 1.0))
         assert (status, east.check()) == (KILLED, [])  # it was still waiting
-        assert lived >= 1.0
+        assert lived["start"] >= 1.0
         turn.__exit__(None, None, None)
     assert east.attempt()[0] == 0
     assert [e.state for e in east.check()] == ["RESERVED", "COMMITTED"]
