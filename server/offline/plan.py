@@ -27,6 +27,7 @@ from strategies.registry import create, strategies
 
 Kind = Literal["adapter", "model"]
 _MOST = 10  # the largest strength of any strategy
+Inputs = Mapping[int, Input]  # in the strategy's order, by place under models, which messages name
 _ONE_FOR_ALL = ("rank", "t", "normalize", "lambda", "strength")  # of the merge, not of an input
 
 
@@ -84,7 +85,7 @@ def plan(recipe: Recipe, kind: Kind) -> Plan:
     if min(signs) < 0:
         notes.append("an input of negative weight counts with its sign turned, in every figure too")
     return Plan(
-        strategy, tuple(i.model for i in inputs), shares, signs, base, differences, rank,
+        strategy, tuple(i.model for i in inputs.values()), shares, signs, base, differences, rank,
         tuple(notes),
     )  # fmt: skip
 
@@ -105,18 +106,17 @@ def require_adapters_suffice(strategy: Strategy, key: str) -> None:
         )
 
 
-def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[list[Input], str | None, list[str]]:
-    """The inputs in the order the strategy takes them, the base model, and what to know of both."""
-    inputs, base = list(recipe.models), recipe.base_model
-    folders = [Path(entry.model).resolve() for entry in inputs]
+def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[Inputs, str | None, list[str]]:
+    """The inputs, the base model, and what to know of both."""
+    inputs, base = dict(enumerate(recipe.models)), recipe.base_model
+    folders = [Path(entry.model).resolve() for entry in recipe.models]
     if len(set(folders)) < len(folders):
         raise ConfigError("models: one of them is listed twice; give it the sum of the weights")
     own = folders.index(Path(base).resolve()) if base and Path(base).resolve() in folders else None
     if recipe.merge_method == "slerp" and base and (own is not None or kind == "model"):
         if own is None:
             raise ConfigError(f"base_model={base}: slerp needs one of its two models, for t = 0")
-        inputs.insert(0, inputs.pop(own))
-        return inputs, base if kind == "model" else None, []
+        return {own: inputs[own]} | inputs, base if kind == "model" else None, []
     if kind == "adapter" and base and (Path(base) / "adapter_config.json").exists():
         raise ConfigError(f"base_model={base}: is an adapter; name the model that they are for")
     if own is None or how.on == "weights":
@@ -130,32 +130,32 @@ def _inputs(recipe: Recipe, how: Method, kind: Kind) -> tuple[list[Input], str |
     return inputs, base, ["the base model under models was left out: its difference is zero"]
 
 
-def _counting(recipe: Recipe, inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
+def _counting(recipe: Recipe, inputs: Inputs) -> tuple[Inputs, list[str]]:
     """The inputs that count at all, and a note on each other: weight 0, or slerp's t at an end."""
     common = recipe.parameters.get("weight")
     t: Any = recipe.parameters.get("t")
-    weights = [entry.parameters.get("weight", common) for entry in inputs]
+    weights = [entry.parameters.get("weight", common) for entry in inputs.values()]
     slerp = recipe.merge_method == "slerp" and weights == [None, None]
     if slerp and _is_either(t, 0, 1):
         weights = [1 - t, t]
-    kept = [entry for entry, w in zip(inputs, weights, strict=True) if not _is_either(w, 0)]
+    kept = {n: inputs[n] for n, w in zip(inputs, weights, strict=True) if not _is_either(w, 0)}
     if not kept:
         raise ConfigError("models: all of them have weight 0; give one another, or none a weight")
-    out = [f"{entry.model} was left out: its weight is 0" for entry in inputs if entry not in kept]
-    return kept, out
+    out = [entry.model for number, entry in inputs.items() if number not in kept]
+    return kept, [f"{model} was left out: its weight is 0" for model in out]
 
 
 def _is_either(value: Any, *numbers: int) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value in numbers
 
 
-def _own_densities(recipe: Recipe, how: Method, inputs: Sequence[Input]) -> dict[str, Any]:
+def _own_densities(recipe: Recipe, how: Method, inputs: Inputs) -> dict[str, Any]:
     """A density for each input, where they differ and the strategy takes them."""
     default = recipe.parameters.get("density", _density_default(how))
-    if default is None or not any("density" in entry.parameters for entry in inputs):
+    if default is None or not any("density" in entry.parameters for entry in inputs.values()):
         return {}
     found = []
-    for number, entry in enumerate(inputs):
+    for number, entry in inputs.items():
         own = "density" in entry.parameters
         where = f"models.{number}.parameters.density" if own else "parameters.density"
         found.append(_number(entry.parameters.get("density", default), where))
@@ -168,18 +168,21 @@ def _density_default(how: Method) -> float | None:
     return field.default if field and field.annotation == PerAdapter else None
 
 
-def _parameters(recipe: Recipe, inputs: Sequence[Input], own: Collection[str]) -> dict[str, Any]:
+def _parameters(recipe: Recipe, inputs: Inputs, own: Collection[str]) -> dict[str, Any]:
     """Those of the merge as a whole, one value each, wherever it was written; none of ``own``."""
     merged = dict(recipe.parameters)
     merged.pop("weight", None)
-    for number, entry in enumerate(inputs):
+    for number, entry in inputs.items():
         for key, value in entry.parameters.items():
             if key == "weight" or key in own:
                 continue
             where = f"models.{number}.parameters.{key}"
             if key in _ONE_FOR_ALL:
                 raise ConfigError(f"{where}: belongs under parameters of the whole merge")
-            if any(x.parameters.get(key, recipe.parameters.get(key)) != value for x in inputs):
+            if any(
+                other.parameters.get(key, recipe.parameters.get(key)) != value
+                for other in inputs.values()
+            ):
                 raise ConfigError(f"{where}={value}: must be the same for all models")
             merged[key] = value
     for key, value in merged.items():
@@ -199,30 +202,31 @@ def _rank(value: Any, kind: Kind, recipe: Recipe) -> int | None:
 
 
 def _weights(
-    recipe: Recipe, how: Method, inputs: Sequence[Input], parameters: dict[str, Any]
+    recipe: Recipe, how: Method, inputs: Inputs, parameters: dict[str, Any]
 ) -> list[float]:
     """The weights as written; 1 each where none is."""
     common = recipe.parameters.get("weight")
-    given = [entry.parameters.get("weight", common) for entry in inputs]
+    given = {n: entry.parameters.get("weight", common) for n, entry in inputs.items()}
     if "t" in parameters:
         if recipe.merge_method == "slerp" and len(inputs) < len(recipe.models) == 2:
             parameters.pop("t")  # at one end of the arc is one model
             return [1.0]
         if recipe.merge_method != "slerp" or len(inputs) != 2:
             raise ConfigError("parameters.t: is for slerp between two models; give weight")
-        if any(w is not None for w in given):
+        if any(w is not None for w in given.values()):
             raise ConfigError("parameters.t: is the second model's weight; give t or weight")
         t = _number(parameters.pop("t"), "parameters.t")
         if not 0 < t < 1:
             raise ConfigError(f"parameters.t={t:g}: must lie from 0 to 1")
         return [1 - t, t]
-    if all(w is None for w in given):
+    if all(w is None for w in given.values()):
         if recipe.merge_method == "slerp":
             raise ConfigError("parameters.t: must be given for slerp, or a weight for each model")
         return [1.0] * len(inputs)
     weights = []
-    for number, value in enumerate(given):
-        where = f"models.{number}.parameters.weight"
+    for number, value in given.items():
+        own = value is None or "weight" in inputs[number].parameters
+        where = f"models.{number}.parameters.weight" if own else "parameters.weight"
         if value is None:
             raise ConfigError(f"{where}: is missing; others have one")
         w = _number(value, where)
