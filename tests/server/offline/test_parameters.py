@@ -76,7 +76,9 @@ def test_weights_that_nearly_cancel_are_refused_in_the_recipes_words(
     listed = {adapters[0]: {"weight": 1}, adapters[1]: {"weight": -0.995}}
     assert call(**LINEAR, models=listed) == 2
     found = said(capsys)
-    assert "models: weights times lambda, divided by the weights' sum 0.005 where norm" in found
+    assert (
+        "models: weights times lambda, divided by the weights' sum 0.005, come to 399, mo" in found
+    )
     assert "strength" not in found
 
 
@@ -123,6 +125,14 @@ def test_an_end_of_the_arc_is_one_adapter(
     assert call(tmp_path / "one", **LINEAR, models=[adapters[which]]) == 0
     found, one = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "one"))
     assert all(found[name].equal(one[name]) for name in one)
+
+
+def test_t_beside_a_model_of_weight_0_is_refused_and_not_ignored(
+    adapters: list[Path], call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {adapters[0]: {"weight": 0}, adapters[1]: {}}
+    assert call(merge_method="slerp", models=listed, parameters={"t": 0.3}) == 2
+    assert ": parameters.t: is for slerp between two models; give weight" in said(capsys)
 
 
 def test_a_model_of_weight_0_is_left_out_and_the_report_says_so(
