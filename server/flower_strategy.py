@@ -1,12 +1,10 @@
 """Any of our merges as a plain Flower strategy, for a ServerApp of one's own.
 
-Replies hold PEFT LoRA factors (``LAYER.lora_A.weight``, ``LAYER.lora_B.weight``, with or without
-PEFT's prefix) under the names of the arrays that ``start`` was given: all of them, or all of one
-factor where the other stays as it was sent. They are merged as products; see ``strategies``.
-
-A reply that is no such thing, or that the strategy could not merge with others (of another rank, or
-with a factor trained that should have stayed as it was sent), costs its sender the round and nobody
-else: who was left out and why is in the log and in ``left_out``.
+The arrays that ``start`` is given are PEFT LoRA factors (``LAYER.lora_A.weight``,
+``LAYER.lora_B.weight``, with or without PEFT's prefix), and so are those of the replies, which are
+merged as products; see ``strategies``. What a reply must be is in ``server.flower_replies``; one
+that cannot be merged costs its sender the round and nobody else: who was left out and why is in the
+log and in ``left_out``.
 """
 
 from __future__ import annotations
@@ -14,44 +12,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
 
-from adapters.adapter import Adapter, AdapterSpec
+from adapters.adapter import Adapter
 from conf.load import ConfigError
-from server.acceptance import LARGEST
+from server.flower_replies import EQUAL, Sent, Unusable, judged, weight_of
 from strategies.base import Draw, MergeError, Strategy
-from strategies.hetlora import HetLoRA
-from strategies.lines import Lines
 from strategies.merging import Merge, merge
 from strategies.registry import create, require_no_order
 
 log = logging.getLogger("flwr")  # where Flower's own strategies write
-
-_PREFIX = "base_model.model."  # PEFT's
-_A = ".lora_A.weight"
-_EQUAL = "wardround-equal-weight"  # stands for the key of weights where hospitals count equally
-_WEIGHTS = 1e-6, 1e12  # of a hospital; beyond, the others would vanish beside it, or it beside them
-_ROOM = 100  # by how much a strategy and LoRA's scale may enlarge the longest update of a hospital
-
-
-class _LeftOut(ValueError):
-    """A reply that cannot be merged; the message says why and quotes nothing of it."""
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """What a round began with: the adapter, and how each of its tensors was called and stored."""
-
-    adapter: Adapter
-    names: dict[str, str]  # by plain name
-    tensors: dict[str, Tensor]  # by plain name
 
 
 class MergeStrategy(FedAvg):
@@ -91,7 +65,7 @@ class MergeStrategy(FedAvg):
         run: str = "",
         **sampling: Any,
     ) -> None:
-        super().__init__(weighted_by_key=weighted_by_key or _EQUAL, **sampling)
+        super().__init__(weighted_by_key=weighted_by_key or EQUAL, **sampling)
         made = create(strategy, parameters) if isinstance(strategy, str) else strategy
         require_no_order(made)
         if made.statistics:
@@ -113,12 +87,8 @@ class MergeStrategy(FedAvg):
         self.alpha = alpha
         self.run = run
         self.left_out: dict[int, dict[int, str]] = {}  # round -> node -> reason
-        self._sent: _Sent | None = None
+        self._sent: Sent | None = None
         self._asked: list[Message] = []
-        inner = _innermost(made)
-        # HetLoRA pads; all others that act on factors need them of one shape.
-        self._one_rank = inner.declared.space == "factors" and not isinstance(inner, HetLoRA)
-        self._kept = _kept_factors(inner)
 
     def summary(self) -> None:
         log.info("\t├──> Merge: %s %s", self.strategy.name, self.strategy.model_dump())
@@ -128,7 +98,7 @@ class MergeStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As FedAvg. Raises ValueError when ``arrays`` are not the factors of a LoRA adapter."""
-        self._sent = self._read(arrays)
+        self._sent = Sent.read(arrays, self.alpha)
         self._asked = list(super().configure_train(server_round, arrays, config, grid))
         return self._asked
 
@@ -142,19 +112,20 @@ class MergeStrategy(FedAvg):
         """
         if self._sent is None:
             raise RuntimeError("configure_train has not been called")
-        good, left_out = self._sorted(replies)
-        left_out |= self._moved_what_was_frozen(good)
-        good = {node: one for node, one in good.items() if node not in left_out}
+        good, left_out = judged(
+            replies, self._asked, self._sent, self.strategy, self.weighted_by_key
+        )
         for node, reason in sorted(left_out.items()):
             log.warning("round %d: node %d left out: %s", server_round, node, reason)
         self.left_out[server_round] = left_out
         if not good:
             return None, None
-        contents, adapters, weights = zip(*(good[node] for node in sorted(good)), strict=True)
-        total = math.fsum(weights)
+        in_order = [good[node] for node in sorted(good)]
+        adapters = [one.adapter for one in in_order]
+        total = math.fsum(one.weight for one in in_order)
+        shares = [one.weight / total for one in in_order]
         spec = self._sent.adapter.spec
         alike = all(adapter.spec == spec for adapter in adapters)
-        shares = [weight / total for weight in weights]
         draw = Draw(self.run, server_round)
         try:
             found = merge(self.strategy, adapters, shares, draw, None if alike else spec.rank)
@@ -163,6 +134,7 @@ class MergeStrategy(FedAvg):
                 raise
             log.warning("round %d: nothing was merged: %s", server_round, problem)
             return None, None
+        contents = [one.content for one in in_order]
         metrics = self._metrics(contents, self.train_metrics_aggr_fn) or MetricRecord()
         metrics.update({"merge-hospitals": len(good), **_report(found)})
         merged = found.adapter if alike else Adapter.from_deltas(found.adapter.deltas(), spec)
@@ -179,122 +151,13 @@ class MergeStrategy(FedAvg):
         contents = []
         for reply in replies:
             try:
-                self._weight(reply)
-            except _LeftOut as reason:
+                weight_of(reply, self.weighted_by_key)
+            except Unusable as reason:
                 node = reply.metadata.src_node_id
                 log.warning("round %d: metrics of node %d left out: %s", server_round, node, reason)
             else:
                 contents.append(reply.content)
         return self._metrics(contents, self.evaluate_metrics_aggr_fn)
-
-    def _read(self, arrays: ArrayRecord) -> _Sent:
-        named = {name.removeprefix(_PREFIX): name for name in arrays}
-        tensors = {name.removeprefix(_PREFIX): t for name, t in _tensors(arrays).items()}
-        return _Sent(self._adapter(tensors), named, tensors)
-
-    def _adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """Of the rank that its first A has; the others must agree. Raises ValueError."""
-        firsts = {n.removesuffix(_A): t for n, t in tensors.items() if n.endswith(_A)}
-        if not firsts:
-            raise ValueError(f"no factor LAYER{_A}")
-        rank = next(iter(firsts.values())).shape[0]
-        targets = tuple(sorted({layer.rpartition(".")[2] for layer in firsts}))
-        spec = AdapterSpec(rank, float(rank if self.alpha is None else self.alpha), targets)
-        return Adapter.from_tensors({n: t.float() for n, t in tensors.items()}, spec)
-
-    def _sorted(
-        self, replies: Iterable[Message]
-    ) -> tuple[dict[int, tuple[RecordDict, Adapter, float]], dict[int, str]]:
-        """By node, replies that are sound, with adapter and weight; why the others are not.
-
-        A reply belongs to the node that it answers for; its sender may be the SuperLink.
-        """
-        asked = {m.metadata.message_id: m.metadata.dst_node_id for m in self._asked}
-        good: dict[int, tuple[RecordDict, Adapter, float]] = {}
-        left_out = dict.fromkeys(asked.values(), "no answer in time")
-        for reply in replies:
-            meta = reply.metadata
-            node = asked.get(meta.reply_to_message_id, meta.src_node_id)
-            left_out.pop(node, None)
-            try:
-                weight, adapter = self._weight(reply), self._accept(reply)
-                good[node] = reply.content, adapter, weight
-            except _LeftOut as reason:
-                left_out[node] = str(reason)
-        return good, left_out
-
-    def _moved_what_was_frozen(
-        self, good: Mapping[int, tuple[RecordDict, Adapter, float]]
-    ) -> dict[int, str]:
-        """Why, of hospitals that changed the factor which the strategy needs shared.
-
-        Of two that may be it is the one that more of them kept, so that few cannot choose it.
-        """
-        if not self._kept:
-            return {}
-        assert self._sent is not None
-        sent = self._sent.adapter.layers
-        moved = {
-            factor: {
-                node
-                for node, (_, adapter, _) in good.items()
-                if not all(
-                    getattr(layer, factor).equal(getattr(sent[name], factor))
-                    for name, layer in adapter.layers.items()
-                )
-            }
-            for factor in self._kept
-        }
-        factor = min(self._kept, key=lambda f: len(moved[f]))
-        return dict.fromkeys(moved[factor], f"lora_{factor} is not as it was sent")
-
-    def _accept(self, reply: Message) -> Adapter:
-        """The hospital's adapter. Raises _LeftOut."""
-        assert self._sent is not None
-        try:
-            (arrays,) = reply.content.array_records.values()
-            tensors = {n.removeprefix(_PREFIX): t for n, t in _tensors(arrays).items()}
-        except Exception:  # rubbish fails in many ways; each costs only its sender
-            raise _LeftOut("not one record of arrays") from None
-        names = set(self._sent.names)
-        parts = [names, *({n for n in names if f".lora_{f}." in n} for f in "AB")]
-        if set(tensors) not in parts:
-            raise _LeftOut("factors missing or unexpected")
-        try:
-            adapter = self._adapter({**self._sent.tensors, **tensors})
-        except ValueError as problem:
-            raise _LeftOut(str(problem)) from None
-        expected = self._sent.adapter.layers
-        if any(layer.shape != expected[name].shape for name, layer in adapter.layers.items()):
-            raise _LeftOut("factors of another shape")
-        rank, sent = adapter.spec.rank, self._sent.adapter.spec.rank
-        most = max(sent, min(min(layer.shape) for layer in expected.values()))
-        if rank != sent and (self._one_rank or not 1 <= rank <= most):
-            allowed = f"{sent}" if self._one_rank else f"1 to {most}"
-            raise _LeftOut(f"factors of rank {rank}, not {allowed}")
-        if not adapter.is_finite():
-            raise _LeftOut("factors hold NaN or infinity")
-        if any(tensor.abs().max() > LARGEST for tensor in tensors.values()):
-            raise _LeftOut("factors impossibly large")
-        room = min(torch.finfo(t.dtype).max for t in self._sent.tensors.values()) / _ROOM
-        if any(layer.norm() > room for layer in adapter.layers.values()):
-            raise _LeftOut("updates too large for the type that was sent")
-        return adapter
-
-    def _weight(self, reply: Message) -> float:
-        """What the hospital counts, before normalisation. Raises _LeftOut."""
-        if reply.has_error():  # its text may quote what a hospital was working on
-            raise _LeftOut(f"Flower error {reply.error.code}")
-        if not isinstance(reply.content, RecordDict):  # Flower hands on whatever it was sent
-            raise _LeftOut("no records")
-        if self.weighted_by_key == _EQUAL:
-            return 1.0
-        records = list(reply.content.metric_records.values())
-        weight = records[0].get(self.weighted_by_key) if len(records) == 1 else None
-        least, most = _WEIGHTS
-        if not isinstance(weight, int | float) or not least <= weight <= most:
-            raise _LeftOut(f"metric {self.weighted_by_key} is no number from {least:g} to {most:g}")
-        return float(weight)
 
     def _metrics(self, contents: Sequence[RecordDict], mean: Any) -> MetricRecord | None:
         """The hospitals' metrics through Flower's (or the user's) function, if they are alike."""
@@ -302,7 +165,7 @@ class MergeStrategy(FedAvg):
         found = []
         for content in contents:
             for name, record in content.metric_records.items():
-                weighted = {**record, key: 1.0} if key == _EQUAL else dict(record)
+                weighted = {**record, key: 1.0} if key == EQUAL else dict(record)
                 found.append(RecordDict({**content, name: MetricRecord(weighted)}))
         if not found:
             return None
@@ -318,29 +181,6 @@ class MergeStrategy(FedAvg):
             return None
         result: MetricRecord = mean(found, key)
         return result
-
-
-def _innermost(strategy: Strategy) -> Strategy:
-    """What acts on the factors, where a strategy wraps another."""
-    while isinstance(strategy, Lines):
-        strategy = create(strategy.of, strategy.parameters)
-    return strategy
-
-
-def _kept_factors(strategy: Strategy) -> tuple[str, ...]:
-    """The factors of which one must come back as it was sent; none where both may move."""
-    trained = strategy.declared.trains
-    if strategy.declared.space != "factors" or "both" in trained:
-        return ()
-    return tuple(kept for kept, moved in (("A", "B"), ("B", "A")) if moved in trained)
-
-
-def _tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """By name; ValueError for what is no array of floating-point numbers."""
-    tensors = arrays.to_torch_state_dict()
-    if not all(tensor.is_floating_point() for tensor in tensors.values()):
-        raise ValueError("arrays are not of floating-point numbers")
-    return dict(tensors)
 
 
 def _report(found: Merge) -> dict[str, float]:

@@ -98,14 +98,33 @@ def require_no_order(strategy: Strategy) -> None:
 
     Raises ConfigError.
     """
-    inner = strategy
-    while isinstance(inner, Lines):
-        inner = create(inner.of, inner.parameters)
+    inner = innermost(strategy)
     if isinstance(getattr(inner, "density", None), tuple):
         raise ConfigError(
             f"strategy={strategy.name}: a density for each adapter needs an order, which hospitals "
             "do not have; give strategy.density one number"
         )
+
+
+def require_adapters_suffice(strategy: Strategy, key: str) -> None:
+    """Return when a merge needs no more than what it merges.
+
+    Raises ConfigError naming the option ``key`` when it needs what is known in rounds only.
+    """
+    inner = innermost(strategy)
+    if inner.statistics or inner.needs_noise:
+        needed = f"{inner.statistics} statistics" if inner.statistics else "the noise's size"
+        raise ConfigError(
+            f"{key}={strategy.name}: needs {needed} ({inner.name}), which only rounds have; take "
+            "another"
+        )
+
+
+def innermost(strategy: Strategy) -> Strategy:
+    """What acts on the adapters, where a strategy wraps another; else the strategy itself."""
+    while isinstance(strategy, Lines):
+        strategy = create(strategy.of, strategy.parameters)
+    return strategy
 
 
 def create(

@@ -22,12 +22,11 @@ from server.experts.search import Found, search
 from server.experts.space import Candidate, Space
 from server.experts.tasks import Task, read_tasks, scores_of
 from server.offline.adapters import highest_rank
-from server.offline.plan import require_adapters_suffice
 from server.progress import stage_progress
 from server.run_folder import write_atomically
 from strategies.base import Draw
 from strategies.merging import Merge, merge
-from strategies.registry import create
+from strategies.registry import create, require_adapters_suffice
 
 _BASE = "base"
 

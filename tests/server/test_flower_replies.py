@@ -112,6 +112,12 @@ def test_another_rank_costs_its_sender_the_round_where_factors_are_averaged(
     assert result.arrays
 
 
+def test_another_rank_is_no_fault_where_factors_are_padded(local_grid: Grids) -> None:
+    strategy = only_train("hetlora")
+    assert start(strategy, local_grid(hospitals() | {13: partial(hospital, 3, rank=3)})).arrays
+    assert strategy.left_out == {1: {}}
+
+
 @pytest.mark.parametrize("name", ["ffa", "fedsvd", "rolora"])
 def test_who_moves_the_frozen_factor_is_left_out(name: str, local_grid: Grids) -> None:
     strategy = only_train(name)

@@ -68,7 +68,7 @@ def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
         (LINEAR | {"tokenizer_source": "base"}, "tokenizer_source: an adapter has none"),
         (LINEAR | {"parameters": {"density": 1}}, "parameters.density: linear has no such para"),
         (LINEAR | {"parameters": {"rank": 0}}, "parameters.rank=0: must be a whole number"),
-        (LINEAR | {"parameters": {"weight": [0, 1]}}, "models.0.parameters.weight: must be one n"),
+        (LINEAR | {"parameters": {"weight": [0, 1]}}, "parameters.weight: must be one number; no "),
         (LINEAR | {"parameters": {"weight": 0}}, "models: all of them have weight 0; give one an"),
         (LINEAR | {"parameters": {"normalize": "no"}}, "parameters.normalize=no: must be true or"),
         (LINEAR | {"parameters": {"t": 0.5}}, "parameters.t: is for slerp between two models"),

@@ -38,13 +38,47 @@ def test_parameters_of_one_model_are_followed_or_refused(
     assert said(capsys).removeprefix(f"{tmp_path / 'recipe.yaml'}: ").startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("own", "wrong"),
+    [
+        ([{"weight": 0}, {"weight": 1}, {"weight": "x"}], "models.2.parameters.weight=x"),
+        ([{"weight": 0}, {"weight": 1}, {}], "models.2.parameters.weight: is missing"),
+        ([{"weight": 0}, {}, {"density": "x"}], "models.2.parameters.density=x"),
+        ([{"weight": 0}, {}, {"lambda": 1}], "models.2.parameters.lambda: belongs under"),
+        ([{"weight": 0}, {"scope": "model"}, {}], "models.1.parameters.scope=model: must be"),
+    ],
+)
+def test_a_message_counts_the_models_as_written_though_one_of_weight_0_is_left_out(
+    own: list[dict[str, Any]],
+    wrong: str,
+    adapters: list[Path],
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(**TIES, models=dict(zip(adapters, own, strict=True))) == 2
+    assert f": {wrong}" in said(capsys)
+
+
+def test_a_message_counts_the_models_as_written_wherever_the_base_model_stands(
+    models: list[Path], tiny_model: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {tiny_model: {}, models[0]: {"weight": 1}, models[1]: {"weight": "x"}}
+    assert call(**TIES, models=listed, base_model=tiny_model) == 2
+    assert ": models.2.parameters.weight=x: must be a number" in said(capsys)
+    listed = {models[0]: {"weight": "x"}, models[1]: {"weight": 1}}
+    assert call(merge_method="slerp", models=listed, base_model=models[1]) == 2
+    assert ": models.0.parameters.weight=x: must be a number" in said(capsys)
+
+
 def test_weights_that_nearly_cancel_are_refused_in_the_recipes_words(
     adapters: list[Path], call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = {adapters[0]: {"weight": 1}, adapters[1]: {"weight": -0.995}}
     assert call(**LINEAR, models=listed) == 2
     found = said(capsys)
-    assert "models: weights times lambda, divided by the weights' sum 0.005 where norm" in found
+    assert (
+        "models: weights times lambda, divided by the weights' sum 0.005, come to 399, mo" in found
+    )
     assert "strength" not in found
 
 
@@ -91,6 +125,14 @@ def test_an_end_of_the_arc_is_one_adapter(
     assert call(tmp_path / "one", **LINEAR, models=[adapters[which]]) == 0
     found, one = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "one"))
     assert all(found[name].equal(one[name]) for name in one)
+
+
+def test_t_beside_a_model_of_weight_0_is_refused_and_not_ignored(
+    adapters: list[Path], call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {adapters[0]: {"weight": 0}, adapters[1]: {}}
+    assert call(merge_method="slerp", models=listed, parameters={"t": 0.3}) == 2
+    assert ": parameters.t: is for slerp between two models; give weight" in said(capsys)
 
 
 def test_a_model_of_weight_0_is_left_out_and_the_report_says_so(
