@@ -82,6 +82,15 @@ def test_a_bad_file_is_named_with_its_line_and_never_quoted(
     assert "\n" not in str(found.value)
 
 
+def test_a_line_ends_where_its_file_says(tmp_path: Path) -> None:
+    """Not at the other characters that Unicode calls line ends, which JSON lets stand in a text."""
+    texts = ["first\u2028second", "a\u0085b", "plain"]
+    file = tmp_path / "notes.jsonl"
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes("\r\n".join(rows).encode())
+    assert read_tasks("tasks", [file], None)[0].texts == tuple(texts)
+
+
 def test_two_tasks_of_one_name_are_refused(task_files: list[Path]) -> None:
     with pytest.raises(ConfigError, match="two files are named ward"):
         read_tasks("tasks", [task_files[0], task_files[0]], None)
