@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.tensor_file import write_tensors
 from strategies.base import MergeError
 
 SHARD = 1 << 30  # bytes of one output file, and so of what is held to be written
@@ -120,7 +120,7 @@ def write_weights(
     """Write a model's tensors, each made when it is its turn, in order of their names.
 
     ``headers`` say what ``make`` will give. Several files where one would exceed ``SHARD`` bytes;
-    a single larger tensor has a file of its own.
+    a single larger tensor has a file of its own. Raises OSError when the disk is full.
     """
     parts: list[list[str]] = [[]]
     filled = 0
@@ -137,7 +137,7 @@ def write_weights(
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else _SINGLE
         tensors = {name: make(name).contiguous() for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(tensors, folder / file, {"format": "pt"})
         where |= dict.fromkeys(names, file)
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
