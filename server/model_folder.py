@@ -27,6 +27,7 @@ _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "sentencepiece*", "chat_template*",
 )  # fmt: skip
+_TRIVIAL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -85,6 +86,24 @@ class ModelFolder:
             except KeyError as unknown:
                 raise MergeError(f"{typed}: {name} holds {unknown.args[0]} numbers") from None
         return cls(typed, path, config, files, headers)
+
+    @property
+    def heads(self) -> int | None:
+        """Attention heads, which the shapes of weights do not tell; None where it does not say."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            for key in ("num_attention_heads", "n_head"):
+                if key in config:
+                    return int(config[key])
+        return None
+
+    def differing(self, other: ModelFolder) -> list[str]:
+        """Keys of ``config.json`` in which the two differ, but those that change no result."""
+        keys = sorted(set(self.config) | set(other.config))
+        return [
+            key
+            for key in keys
+            if key not in _TRIVIAL and self.config.get(key) != other.config.get(key)
+        ]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored. Raises MergeError on NaN or infinity."""
