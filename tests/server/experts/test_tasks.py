@@ -58,6 +58,16 @@ def test_the_first_lines_are_taken(task_files: list[Path]) -> None:
     assert ward.digest != read_tasks("tasks", task_files, 3)[0].digest
 
 
+def test_a_task_is_another_when_anything_in_it_is(tmp_path: Path) -> None:
+    row = {"instruction": "read", "input": "sodium", "output": "139"}
+    rows = [row, *(row | {name: "other"} for name in row), {"text": "read sodium 139"}]
+    digests = set()
+    for one in rows:
+        (tmp_path / "task.jsonl").write_text(json.dumps(one))
+        digests.add(read_tasks("tasks", [tmp_path / "task.jsonl"], None)[0].digest)
+    assert len(digests) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
