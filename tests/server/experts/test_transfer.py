@@ -132,6 +132,10 @@ def test_to_the_base_itself_it_gives_the_tuned_model(
     new = weights(tuned)
     assert all(w.equal(new[name]) for name, w in weights(tmp_path / "out").items())
     assert record["base_to_target"]["relative_norm"] == 0  # type: ignore[index]
+    old = weights(tiny_model)
+    moved = sum(float((w.double() - old[name].double()).square().sum()) for name, w in new.items())
+    whole = sum(float(w.double().square().sum()) for w in old.values())
+    assert record["applied"]["relative_norm"] == pytest.approx((moved / whole) ** 0.5)  # type: ignore[index]
 
 
 def test_rows_of_appended_tokens_stay_the_target_s(
