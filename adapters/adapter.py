@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.chosen_layers import chosen_layers
 from adapters.lowrank import LowRank, stack
+from adapters.tensor_file import write_tensors
 from conf.schema import AdapterSettings, Layers
 
 _PREFIX = "base_model.model."
@@ -155,14 +156,14 @@ class Adapter:
         return digest.hexdigest()
 
     def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
-        """Write a PEFT adapter folder; the tensors come last, durable and whole."""
+        """Write a PEFT adapter folder; the tensors come last, durable and whole. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         config = replace(self.spec, targets=self.modules, layers=None).peft_config(base_model)
         config.inference_mode = True
         config.save_pretrained(str(folder))
         flat = {_PREFIX + k: v.detach().to(dtype).contiguous() for k, v in self.tensors().items()}
         part = folder / "adapter_model.safetensors.part"
-        save_file(flat, part)
+        write_tensors(flat, part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(folder / "adapter_model.safetensors")

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.tensor_file import write_tensors
 from adapters.trained_part import TrainedPart, to_travel
 
 Statistic = Literal["fisher", "gram"]
@@ -40,7 +41,7 @@ class MeasuredAdapter(Adapter):
     def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
         """As ``Adapter.save``, with the statistics in a file of their own."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.statistics), folder / _FILE)
+        write_tensors(self.statistics, folder / _FILE)
         return super().save(folder, base_model, dtype)
 
 

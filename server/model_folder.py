@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.tensor_file import write_tensors
 from strategies.base import MergeError
 
 SHARD = 1 << 30  # bytes of one output file, and so of what is held to be written
@@ -27,6 +27,7 @@ _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "sentencepiece*", "chat_template*",
 )  # fmt: skip
+_TRIVIAL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -86,6 +87,24 @@ class ModelFolder:
                 raise MergeError(f"{typed}: {name} holds {unknown.args[0]} numbers") from None
         return cls(typed, path, config, files, headers)
 
+    @property
+    def heads(self) -> int | None:
+        """Attention heads, which the shapes of weights do not tell; None where it does not say."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            for key in ("num_attention_heads", "n_head"):
+                if key in config:
+                    return int(config[key])
+        return None
+
+    def differing(self, other: ModelFolder) -> list[str]:
+        """Keys of ``config.json`` in which the two differ, but those that change no result."""
+        keys = sorted(set(self.config) | set(other.config))
+        return [
+            key
+            for key in keys
+            if key not in _TRIVIAL and self.config.get(key) != other.config.get(key)
+        ]
+
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored. Raises MergeError on NaN or infinity."""
         with safe_open(self.path / self.files[name], framework="pt") as file:
@@ -120,7 +139,7 @@ def write_weights(
     """Write a model's tensors, each made when it is its turn, in order of their names.
 
     ``headers`` say what ``make`` will give. Several files where one would exceed ``SHARD`` bytes;
-    a single larger tensor has a file of its own.
+    a single larger tensor has a file of its own. Raises OSError when the disk is full.
     """
     parts: list[list[str]] = [[]]
     filled = 0
@@ -137,7 +156,7 @@ def write_weights(
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else _SINGLE
         tensors = {name: make(name).contiguous() for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(tensors, folder / file, {"format": "pt"})
         where |= dict.fromkeys(names, file)
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}

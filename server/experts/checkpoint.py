@@ -46,9 +46,14 @@ class Checkpoint:
             raise ConfigError(f"{self.key}={problem}") from None
 
     def architecture(self) -> list[str]:
-        """What ``config.json`` says the model is."""
+        """What ``config.json`` says the model is: what the shapes of its weights do not tell."""
         config = self._model.config
-        return [str(config.get("model_type")), *map(str, config.get("architectures") or ())]
+        found = [str(config.get("model_type")), *map(str, config.get("architectures") or ())]
+        return found if (heads := self._model.heads) is None else [*found, f"{heads} heads"]
+
+    def differing(self, other: Checkpoint) -> list[str]:
+        """Keys in which the two configurations differ, such as the base of rotary positions."""
+        return self._model.differing(other._model)
 
     def tokens(self) -> int:
         """Rows of the embedding: the vocabulary, and often some spare ones."""

@@ -158,7 +158,8 @@ def _what(
     return {
         "what": "wardround experts",
         "model": base.fingerprint,
-        "experts": {name: [a.fingerprint(), a.spec.scale] for name, a in experts.items()},
+        # A list: weights are recorded by place, so another order is other work.
+        "experts": [[name, a.fingerprint(), a.spec.scale] for name, a in experts.items()],
         "tasks": {task.name: task.digest for task in tasks},
         "strategy": command.strategy.model_dump(mode="json"),
         "keep": command.search.keep,
@@ -189,6 +190,7 @@ def _report(
         "objective": found.objective,
         "rank": merged.adapter.spec.rank,
         "kept_energy": merged.kept_energy,
+        "discrepancy": merged.discrepancy,
         "mean_cosine": merged.mean_cosine,
         "norm_ratio": merged.norm_ratio,
         "measured_on": "test" if command.test else "tasks",

@@ -18,7 +18,7 @@ def load_adapter(key: str, folder: Path) -> Adapter:
     """The PEFT adapter in ``folder``. Raises ConfigError naming the option ``key``."""
     try:
         adapter = Adapter.load(folder)
-    except (OSError, KeyError, ValueError) as problem:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as problem:
         raise ConfigError(f"{key}={folder}: not a LoRA folder ({problem})") from None
     if not adapter.is_finite():
         raise ConfigError(f"{key}={folder}: holds NaN or infinity")

@@ -50,7 +50,7 @@ class Journal:
             self._write(head)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a finished piece; durable on return."""
+        """Add a finished piece; durable on return. Raises OSError naming the file."""
         self._write(record)
         self.records.append(json.loads(json.dumps(record)))
 
@@ -59,7 +59,13 @@ class Journal:
         return [record for record in self.records if record.get("kind") == kind]
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as problem:  # of a disk that is full it does not say of which file
+            raise OSError(
+                f"{self.path}: cannot be written ({problem.strerror}); what it holds is kept: make "
+                "room and give the same command again"
+            ) from None

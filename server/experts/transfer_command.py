@@ -51,6 +51,8 @@ def run(command: TransferCommand, console: Console) -> dict[str, Any]:
         write_atomically(made / _FILE, json.dumps(record, indent=2) + "\n")
     apart = record["base_to_target"]["relative_norm"]
     console.print(f"base to target: {apart:.2%} of the base's norm", highlight=False)
+    if differing := record["config_differs"]:
+        console.print(f"config.json of the two differs in {', '.join(differing)}", highlight=False)
     console.print(
         f"what was applied: {record['applied']['relative_norm']:.2%} of the target's norm",
         highlight=False,
@@ -114,6 +116,7 @@ def _record(
         "base": base.name,
         "target": target.name,
         "strength": command.strength,
+        "config_differs": base.differing(target),
         "base_to_target": apart.record(),
         "applied": applied.record(),
         "token_rows": asdict(rows),

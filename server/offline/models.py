@@ -53,12 +53,7 @@ class ModelMerge:
         """In what the configurations differ, of which only one can be kept."""
         found = []
         for model in self.models:
-            keys = sorted(
-                key
-                for key in set(model.config) | set(self.like.config)
-                if model.config.get(key) != self.like.config.get(key) and key not in _TRIVIAL
-            )
-            if keys:
+            if keys := model.differing(self.like):
                 found.append(
                     f"config.json of {model.typed} differs in {', '.join(keys)}; that of "
                     f"{self.like.typed} was kept"
@@ -205,9 +200,6 @@ def _weights_of(base: ModelFolder, adapter: Adapter) -> dict[str, tuple[LowRank,
     return found
 
 
-_TRIVIAL = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache")
-
-
 def _require_same(one: ModelFolder, other: ModelFolder) -> None:
     for key in ("model_type", "architectures"):
         if one.config.get(key) != other.config.get(key):
@@ -215,6 +207,10 @@ def _require_same(one: ModelFolder, other: ModelFolder) -> None:
                 f"{other.typed}: {key} is {other.config.get(key)}, in {one.typed} it is "
                 f"{one.config.get(key)}"
             )
+    if one.heads != other.heads:
+        raise MergeError(
+            f"{other.typed}: has {other.heads} attention heads, {one.typed} has {one.heads}"
+        )
     if differing := sorted(set(one.headers) ^ set(other.headers)):
         raise MergeError(f"{other.typed}: differs from {one.typed} in having {differing[0]} or not")
     for name, header in sorted(one.headers.items()):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from adapters.adapter import Adapter
 from adapters.base_model import BaseModel
@@ -16,6 +18,8 @@ from conf.experts import ExpertsCommand
 from conf.load import ConfigError, load
 from server.experts import command as module
 from server.experts.command import run
+from server.experts.inputs import weights_under
+from server.experts.interpolation import furthest
 from server.experts.tasks import read_tasks, scores_of
 from strategies.base import MergeError
 from strategies.merging import merge
@@ -171,10 +175,66 @@ def test_a_finished_search_is_not_overwritten_nor_another_one_mixed_in(
     before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()}
     with pytest.raises(ConfigError, match="holds a finished search; take another folder"):
         run(make(), QUIET)
-    (tmp_path / "out" / "report.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds other work \(another seed\)"):
-        run(make("seed=7"), QUIET)
-    assert all(f.read_bytes() == data for f, data in before.items() if f.exists())
+    assert all(f.read_bytes() == data for f, data in before.items())
+
+
+def test_a_record_is_gone_on_with_only_by_the_command_that_its_scores_depend_on(
+    make: Make, tmp_path: Path, experts: list[Path], tiny_model: Path
+) -> None:
+    run(make("search.evaluations=1"), QUIET)
+    out = tmp_path / "out"
+    (out / "report.json").unlink()
+    before = (out / "search.jsonl").read_bytes()
+    near = tmp_path / "near"
+    shutil.copytree(tiny_model, near)
+    weights = load_file(near / "model.safetensors")
+    save_file({n: w * 1.01 for n, w in weights.items()}, near / "model.safetensors")
+    for option, other in (
+        ("seed=7", "seed"),
+        (f"experts=[{experts[1]},{experts[0]},{experts[2]}]", "experts"),  # weights go by place
+        (f"experts=[{experts[0]},{experts[1]}]", "experts"),
+        ("most=2", "tasks"),
+        ("strategy.strength=2", "strategy"),
+        ("search.keep=[weights]", "keep"),
+        ("proportions=[0.1,0.25]", "proportions"),
+        ("rank=5", "rank"),
+        ("max_tokens=64", "max_tokens"),
+        (f"model.path={near}", "model"),
+    ):
+        with pytest.raises(ConfigError, match=rf"holds other work \(another {other}\)"):
+            run(make(option), QUIET)
+        assert (out / "search.jsonl").read_bytes() == before
+    run(make("search.evaluations=2"), QUIET)
+    assert (out / "search.jsonl").read_bytes().startswith(before)
+
+
+def test_what_is_drawn_at_random_follows_from_the_seed(make: Make, tmp_path: Path) -> None:
+    def merged(seed: int, out: str) -> Adapter:
+        once = ["strategy=dare", "search.evaluations=1", "proportions=[1]"]
+        return run(make(*once, f"seed={seed}", f"out={tmp_path / out}"), QUIET).adapter
+
+    first = merged(1, "first").fingerprint()
+    assert first == merged(1, "again").fingerprint() != merged(2, "other").fingerprint()
+
+
+def test_of_proportions_that_score_alike_the_smallest_is_taken(
+    make: Make, tmp_path: Path, random_adapter: Callable[..., Adapter]
+) -> None:
+    nothing = random_adapter(1, size=0.0).save(tmp_path / "nothing")
+    run(make(f"experts=[{nothing}]", "search.evaluations=1", "proportions=[0.5,0.1]"), QUIET)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["proportions"] == {"nothing": 0.1}
+
+
+def test_the_report_has_the_departure_from_slerp_of_each_expert_as_it_was(
+    make: Make, tmp_path: Path, base: BaseModel, experts: list[Path]
+) -> None:
+    run(make("search.evaluations=1", "proportions=[0.25]"), QUIET)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for folder, found in zip(experts, report["slerp"].values(), strict=True):
+        expert = Adapter.load(folder)
+        arc = furthest(weights_under(base, expert), expert, 0.25)
+        assert found == pytest.approx({"angle": arc.angle, "departure": arc.departure})
 
 
 def test_what_cannot_be_merged_is_said_in_one_line(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from conf.load import ConfigError
 from server.experts.journal import Journal
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_was_written_is_found_again_exactly(tmp_path: Path) -> None:
@@ -40,6 +46,18 @@ def test_a_file_cut_in_its_first_line_is_begun_again(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     assert Journal(file, {"seed": 1}).records == []
     assert Journal(file, {"seed": 1}).records == []
+
+
+def test_a_disk_that_takes_no_more_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "log.jsonl"
+    journal = Journal(file, {"seed": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match=r"log\.jsonl: cannot be written \(No space left on dev"):
+            journal.append({"kind": "a"})
+    assert journal.records == Journal(file, {"seed": 1}).records == []
 
 
 def test_other_work_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_a_merge_that_fails_is_recorded_and_passed_over(space: Space, tmp_path: 
     assert found.candidate.parameters["election"] == "unweighted"
     reasons = {record["refused"] for record in journal.of("evaluation")}
     assert reasons == {"", "no", "a score is not finite"}
+    assert len(journal.of("evaluation")) == found.evaluations == 40  # those that failed count too
     assert search(space, evaluate, 40, 0, Journal(tmp_path / "log.jsonl", WHAT)) == found
 
 

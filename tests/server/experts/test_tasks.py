@@ -58,6 +58,16 @@ def test_the_first_lines_are_taken(task_files: list[Path]) -> None:
     assert ward.digest != read_tasks("tasks", task_files, 3)[0].digest
 
 
+def test_a_task_is_another_when_anything_in_it_is(tmp_path: Path) -> None:
+    row = {"instruction": "read", "input": "sodium", "output": "139"}
+    rows = [row, *(row | {name: "other"} for name in row), {"text": "read sodium 139"}]
+    digests = set()
+    for one in rows:
+        (tmp_path / "task.jsonl").write_text(json.dumps(one))
+        digests.add(read_tasks("tasks", [tmp_path / "task.jsonl"], None)[0].digest)
+    assert len(digests) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -80,6 +90,15 @@ def test_a_bad_file_is_named_with_its_line_and_never_quoted(
         read_tasks("tasks", [file], None)
     assert "secret" not in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_a_line_ends_where_its_file_says(tmp_path: Path) -> None:
+    """Not at the other characters that Unicode calls line ends, which JSON lets stand in a text."""
+    texts = ["first\u2028second", "a\u0085b", "plain"]
+    file = tmp_path / "notes.jsonl"
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes("\r\n".join(rows).encode())
+    assert read_tasks("tasks", [file], None)[0].texts == tuple(texts)
 
 
 def test_two_tasks_of_one_name_are_refused(task_files: list[Path]) -> None:

@@ -107,6 +107,23 @@ def test_a_finished_curve_is_not_overwritten(make: Make) -> None:
         run(make(), QUIET)
 
 
+def test_a_record_is_gone_on_with_only_by_the_command_that_its_figures_depend_on(
+    make: Make, tmp_path: Path, adapter: Adapter
+) -> None:
+    run(make("points=[0]"), QUIET)
+    (tmp_path / "out" / "tradeoff.json").unlink()
+    towards_base(adapter, 0.5).save(tmp_path / "half")
+    for option, other in (
+        ("points=[0,1]", "points"),
+        ("max_tokens=64", "max_tokens"),
+        ("most=2", "tasks"),
+        ("intruders.below=0.4", "intruders"),
+        (f"adapter={tmp_path / 'half'}", "adapter"),  # the same factors
+    ):
+        with pytest.raises(ConfigError, match=rf"holds other work \(another {other}\)"):
+            run(make("points=[0]", option), QUIET)
+
+
 def test_packed_weights_are_refused(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"model.precision=nf4: 4-bit weights have no singular"):
         make("model.precision=nf4")

@@ -132,6 +132,10 @@ def test_to_the_base_itself_it_gives_the_tuned_model(
     new = weights(tuned)
     assert all(w.equal(new[name]) for name, w in weights(tmp_path / "out").items())
     assert record["base_to_target"]["relative_norm"] == 0  # type: ignore[index]
+    old = weights(tiny_model)
+    moved = sum(float((w.double() - old[name].double()).square().sum()) for name, w in new.items())
+    whole = sum(float(w.double().square().sum()) for w in old.values())
+    assert record["applied"]["relative_norm"] == pytest.approx((moved / whole) ** 0.5)  # type: ignore[index]
 
 
 def test_rows_of_appended_tokens_stay_the_target_s(
@@ -221,6 +225,16 @@ def test_an_adapter_leaves_tokens_alone_that_are_not_shared(
     }  # fmt: skip
 
 
+def test_other_positions_are_no_other_architecture_but_said(
+    move: Move, tmp_path: Path, tiny_model: Path
+) -> None:
+    target = near(tiny_model, tmp_path / "newer", 1)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    record = move(tuned=tiny_model, target=target)
+    assert record["config_differs"] == ["max_position_embeddings"]
+
+
 def test_other_tokens_under_the_same_numbers_are_refused(
     move: Move, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -246,6 +260,10 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
     (bare / "tokenizer_config.json").unlink()
     cut = near(tiny_model, tmp_path / "cut", 1)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-50])
+    heads = near(tiny_model, tmp_path / "heads", 1)  # of the same shapes
+    config = json.loads((heads / "config.json").read_text())
+    halves = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    (heads / "config.json").write_text(json.dumps(config | halves))
     other = near(tiny_model, tmp_path / "other", 1)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
@@ -266,6 +284,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
         ({"tuned": tiny_model, "target": bare}, "bare: holds no tokenizer"),
         ({"tuned": tiny_model, "target": cut}, "model.safetensors is broken"),
         ({"tuned": other, "target": tiny_model}, "of different architecture: mistral"),
+        ({"tuned": tiny_model, "target": heads}, "different architecture: .* 8 heads, .* 4 heads"),
         ({"tuned": huge, "target": huge}, "the sum is not finite in float32"),
         ({"tuned": endless, "target": tiny_model}, "tuned=.*norm.* holds NaN or infinity"),
         ({"tuned": tiny_model, "target": tmp_path}, "target=.*: config.json is absent or broken"),

@@ -230,6 +230,7 @@ def test_adapters_of_other_layers_or_of_another_base_are_named(
         ({"tensors": {"norm": lambda t: t / 0}}, "bad: model.layers.0.input_layernorm.weight hol"),
         ({"tensors": {"up_proj": lambda t: t[:5].clone()}}, "bad: model.layers.0.mlp.up_proj.wei"),
         ({"config": {"architectures": ["Other"]}}, "bad: architectures is ['Other'], in "),
+        ({"config": {"num_attention_heads": 8}}, "bad: has 8 attention heads, "),
         ({"config": {"quantization_config": {"bits": 4}}}, "bad: its weights are quantised; ta"),
     ],
 )

@@ -1,0 +1,23 @@
+"""Writing tensors: what a disk refuses is an error of the disk, as for every other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write contiguous ``tensors`` to a safetensors file.
+
+    Raises OSError naming the file when the disk is full or may not be written.
+    """
+    try:
+        save_file(dict(tensors), file, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as problem:
+        raise OSError(f"{file}: cannot be written ({problem})") from None
