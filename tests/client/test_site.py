@@ -92,17 +92,25 @@ def test_every_limit_of_the_example_is_explained() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"shre": {"counts": "public"}}, ": shre={counts: public}: unknown key; there are: adapter, "),
+        (
+            {"shre": {"counts": "public"}},
+            ": shre={counts: public}: unknown key; there are: adapter, ",
+        ),
         ({"site": "../other"}, ": site=../other: string should match pattern"),
         ({"site": "a b"}, ": site=a b: "),
         ({"site": "east\n"}, ": site="),
         ({"lineage": ""}, ": lineage="),
-        ({"privacy": {"epsilon": -1, "delta": 1e-5}}, ": privacy.epsilon=-1: input should be greater"),
+        (
+            {"privacy": {"epsilon": -1, "delta": 1e-5}},
+            ": privacy.epsilon=-1: input should be greater",
+        ),
         ({"privacy": {"epsilon": 8, "delta": 0.5}}, ": privacy.delta=0.5: input should be less"),
         ({"privacy": {"epsilon": 8, "delta": 1e-5, "unit": "ward"}}, ": privacy.unit=ward: "),
         ({"privacy": {"epsilon": 8}}, ": privacy.delta: field required"),
         (
-            {"privacy": {"epsilom": 8, "delta": 1e-5}},  # is missing too, but that is not the mistake
+            {
+                "privacy": {"epsilom": 8, "delta": 1e-5}
+            },  # is missing too, but that is not the mistake
             ": privacy.epsilom=8: unknown key; there are: delta, epsilon, max_clip_norm, ",
         ),
         ({"notes": {"source": "jsonl"}}, ": notes.path must name"),
