@@ -150,6 +150,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["simulate", "privacy.epsilon=-1"], "privacy.epsilon=-1: input should be greater than 0"),
         (["simulate", "notes=csv"], "notes.path must name the file or folder of notes"),
+        (["simulate", "notes=csv", "notes.path=p"], "notes.hospital_field must name the field"),
+        (["simulate", "hospitals=by_field"], "notes.hospital_field must name the field that says"),
         (["simulate", "--multirun", "seed=1,x"], "seed=x: input should be a valid integer"),
         (["simulate", "--multirun", "resume=runs/x"], "resume: a single run is gone on with"),
         (["simulate", "resume=nowhere"], "resume=nowhere: no run folder (config.yaml is missing)"),
