@@ -192,6 +192,14 @@ def test_a_site_policy_that_is_absent_ends_the_client_with_code_1(
     assert capsys.readouterr().err == f"wardround: {tmp_path / 'site.yaml'}: no such site policy\n"
 
 
+def test_what_the_disk_refuses_is_told_without_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "run").touch()
+    assert wardround.main(["server", f"run_dir={file}"]) == 1
+    assert capsys.readouterr().err == f"wardround: {file}: file exists\n"
+
+
 def test_another_configuration_is_not_mixed_into_a_federation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
