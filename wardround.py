@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say(console, "stopped; nothing that was finished is lost", _INTERRUPTED)
     except _expected() as problem:
+        if isinstance(problem, OSError) and problem.filename and problem.strerror:
+            return _say(console, f"{problem.filename}: {problem.strerror.lower()}", 1)
         return _say(console, str(problem), 1)
 
 

@@ -127,6 +127,8 @@ def _folder(settings: ModelSettings) -> str:
 
 def _no_model(folder: str, problem: Exception) -> ModelError:
     reason = str(problem).splitlines()[0][:200]
+    if not Path(folder).exists():
+        return ModelError(f"model.path={folder}: no such folder, nor a model of the hub ({reason})")
     return ModelError(f"model.path={folder}: not a causal language model ({reason})")
 
 

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.status import Status
 
 from client import node_key
+from client.notes.load import checked_path
 from client.site import SITE, read_policy
 from conf.deployment import ClientSettings
 from transport import processes
@@ -60,7 +61,7 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
 
     Raises
     ------
-    SiteError, NodeKeyError, DaemonError
+    SiteError, NotesError, NodeKeyError, DaemonError
         One line says what is wrong, before anything is started.
     """
     own = read_policy(policy)
@@ -69,6 +70,7 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
         raise DaemonError(
             f"client.server={settings.server}: {policy} allows coordinator.address {allowed} only"
         )
+    checked_path(own.notes)  # else each round would be refused, which the coordinator sees first
     state = processes.private_folder(settings.state / site)  # two sites of one machine stay apart
     trust = _trust(settings, state, site, console)
     commands = processes.shadow_commands(state / "commands", "flwr-clientapp", "client.pinned")

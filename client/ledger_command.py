@@ -109,18 +109,20 @@ def _plan(command: LedgerCommand, console: Console) -> None:
     except BudgetExhausted as problem:
         raise LedgerError(f"the plan does not fit: {problem}") from None
     planned = (*history, GaussianSteps(wanted.sampling_rate, sigma, steps))
-    after = epsilon(planned, limits.delta)
-    if not after <= limits.epsilon:
+    by_rdp = epsilon_rdp(planned, limits.delta)
+    if wanted.noise_multiplier:  # else the noise is what the budget needs
         fit = steps_within(
-            history, wanted.sampling_rate, sigma, limits.epsilon, limits.delta
-        )  # fmt: skip
-        raise LedgerError(
-            f"the plan does not fit: {what} with noise {sigma:g} would lead to epsilon "
-            f"{after:.3f}; {fit} of its {steps} steps fit"
+            history, wanted.sampling_rate, sigma, limits.epsilon, limits.delta, steps
         )
+        if fit < steps:  # by RDP only: the exact figure of a plan far beyond needs gigabytes
+            raise LedgerError(
+                f"the plan does not fit: {what} with noise {sigma:g} would lead to epsilon "
+                f"{by_rdp:.3f} (by RDP); {fit} of its {steps} steps fit"
+            )
+    after = epsilon(planned, limits.delta)
     console.print(
         f"{what}, noise {sigma:g}: epsilon {after:.3f} after it "
-        f"(by RDP {epsilon_rdp(planned, limits.delta):.3f}), {limits.epsilon - after:.3f} left",
+        f"(by RDP {by_rdp:.3f}), {limits.epsilon - after:.3f} left",
         soft_wrap=True,
     )
 

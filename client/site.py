@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 from flwr.app import Context
-from pydantic import ValidationError
 from yaml.error import MarkedYAMLError
 
+from conf.load import ConfigError, validate
 from conf.policy import SitePolicy
 
 SITE = "WARDROUND_SITE"  # path of the site policy (deployment)
@@ -45,7 +45,7 @@ def read_policy(path: Path) -> SitePolicy:
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-        return SitePolicy.model_validate(raw)
+        return validate(raw, SitePolicy)
     except FileNotFoundError:
         raise SiteError(f"{path}: no such site policy") from None
     except (OSError, UnicodeDecodeError):
@@ -55,10 +55,8 @@ def read_policy(path: Path) -> SitePolicy:
         line = f", line {mark.line + 1}" if mark else ""
         what = problem.problem if isinstance(problem, _RepeatedKey) else "not valid YAML"
         raise SiteError(f"{path}{line}: {what}") from None
-    except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise SiteError(f"{path}: {key}: {first['msg']}") from None
+    except ConfigError as problem:
+        raise SiteError(f"{path}: {problem}") from None
 
 
 def policy_of(context: Context) -> SitePolicy:

@@ -34,6 +34,7 @@ _CLEARER = {  # what pydantic says in the words of a programmer
     "path_type": "must be a path (write ./NAME where NAME would read as a number)",
     "tuple_type": "must be a list, such as [a,b]",
     "too_short": "must not be empty",
+    "model_type": "must be keys with values",
 }
 
 
@@ -72,12 +73,23 @@ def validate(raw: Any, kind: type[T], under: str = "") -> T:
     try:
         return kind.model_validate(raw)
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
+        errors = problem.errors(include_url=False)
+        # A misspelt key that is required is missing too; what is wrong is the spelling.
+        first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in (under, *first["loc"]) if part != "")
         message = _CLEARER.get(first["type"], first["msg"].removeprefix("Value error, "))
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key; there are: {_keys(kind, first['loc'][:-1])}"
         value = "" if first["type"] == "missing" else f"={_short(first['input'])}"
         given = f"{key}{value}: " if key and first["type"] != "value_error" else ""
         raise ConfigError(given + message[:1].lower() + message[1:]) from None
+
+
+def _keys(kind: Any, path: Sequence[int | str]) -> str:
+    """The keys that settings of this kind have at ``path``."""
+    for part in path:
+        kind = kind.model_fields[part].annotation
+    return ", ".join(sorted(kind.model_fields)) or "none"
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -168,5 +180,6 @@ def _parse(override: str) -> Override | None:
 
 
 def _short(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+    dumped = yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...")
+    text = " ".join(dumped.split())  # one line
     return text if len(text) <= 60 else text[:57] + "..."

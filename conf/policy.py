@@ -28,13 +28,16 @@ Targets = tuple[str, ...]
 
 
 def _window(text: str) -> str:
-    parse(text)
+    try:
+        parse(text)
+    except ValueError as problem:
+        raise ValueError(f"quiet_hours: {problem}") from None
     return text
 
 
 def _address(text: str) -> str:
     if not is_address(text):
-        raise ValueError("must be HOST:PORT")
+        raise ValueError(f"coordinator.address={text}: must be HOST:PORT")
     return text
 
 

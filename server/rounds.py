@@ -53,7 +53,8 @@ def federate(
 ) -> Adapter:
     """Run all rounds that are not finished yet and return the last merged adapter.
 
-    Raises RoundFailed when too few hospitals answer in time or ``stop`` is set.
+    Raises RoundFailed when too few hospitals answer in time, when the strategy cannot merge as many
+    as are connected, or when ``stop`` is set.
     """
     base_model = _starting_point(settings, folder)
     chosen = settings.strategy
@@ -64,6 +65,13 @@ def federate(
         sent = folder.global_adapter()
         deadline = began + settings.federation.timeout_s
         nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
+        try:
+            strategy.require_count(len(nodes))
+        except MergeError as problem:
+            raise RoundFailed(
+                f"round {number}: {len(nodes)} hospitals are connected, and {problem}; nothing was "
+                "asked of them"
+            ) from None
         folder.begin_round(number)
         task = pack_task(plan, sent)
         bytes_each = size_bytes(task)

@@ -40,7 +40,7 @@ from simulation.evaluate import as_record, held_out_texts, score
 from simulation.instructions import write_instructions
 from simulation.memory import PeakMemory
 from simulation.report import write_report
-from simulation.sites import Hospitals, prepare
+from simulation.sites import Hospitals, prepare, require_hospital_field
 from simulation.summary import Measurements, release_facts, write_summary
 from strategies.registry import require_strategy
 
@@ -74,10 +74,11 @@ def open_run(settings: RunSettings, overrides: list[str]) -> tuple[RunSettings, 
     """The run to do: a new one, or the one to resume, with the configuration it was started with.
 
     Raises ConfigError when there is nothing to resume, or other options are given beside it, or
-    when the strategy's parameters are impossible.
+    when the strategy's parameters are impossible or hospitals cannot be told apart.
     """
     if settings.resume is None:
         require_strategy(settings)
+        require_hospital_field(settings)
         return comparable(settings), new_run_folder(settings.runs)
     others = [o for o in overrides if not o.startswith("resume=")]
     if others:

@@ -63,12 +63,25 @@ class Hospitals:
     unplaced: int
 
 
+def require_hospital_field(settings: RunSettings) -> None:
+    """Return when the settings can tell several hospitals apart. Raises ConfigError."""
+    hospitals, notes = settings.hospitals, settings.notes
+    by_field = notes.source != "clinosim" or hospitals.layout == "by_field"
+    several = hospitals.count > 1 and hospitals.layout != "pooled"
+    if by_field and several and notes.hospital_field is None:
+        raise ConfigError(
+            "notes.hospital_field must name the field that says which hospital a note is from "
+            "(or use hospitals=pooled)"
+        )
+
+
 def prepare(settings: RunSettings, folder: RunFolder, progress: Progress) -> Hospitals:
     """Write notes, policies and ledger places of every simulated hospital into the run folder.
 
     Raises ConfigError when the notes do not give the hospitals asked for, and NotesError when they
     cannot be read.
     """
+    require_hospital_field(settings)
     origins, rejected, has_patients = _notes_by_hospital(settings, progress)
     if settings.hospitals.max_units:
         origins = {
@@ -124,13 +137,6 @@ def _notes_by_hospital(
 def _by_field(notes: Notes, settings: RunSettings) -> dict[str, Notes]:
     """The ``hospitals.count`` largest hospitals by number of notes, each patient at one of them."""
     wanted = settings.hospitals.count
-    if settings.notes.hospital_field is None and (
-        wanted > 1 and settings.hospitals.layout != "pooled"
-    ):
-        raise ConfigError(
-            "notes.hospital_field must name the field that says which hospital a note is from "
-            "(or use hospitals=pooled)"
-        )
     homes: dict[str, Counter[str]] = defaultdict(Counter)
     for note in notes:
         homes[note.unit][note.hospital or "all"] += 1

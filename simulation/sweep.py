@@ -16,6 +16,7 @@ from conf.schema import RunSettings
 from server.run_folder import RunFolder
 from simulation.comparison import print_comparison, write_comparison
 from simulation.run import comparable, new_run_folder, simulate
+from simulation.sites import require_hospital_field
 from strategies.registry import create, require_strategy
 
 _REPLACED = (  # what would bring back in part what the pooled reference goes without
@@ -33,7 +34,9 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
     if any(override.startswith("resume=") for job in jobs for override in job):
         raise ConfigError("resume: a single run is gone on with, without --multirun")
     for job in jobs:
-        require_strategy(load("simulate", job, RunSettings))
+        settings = load("simulate", job, RunSettings)
+        require_strategy(settings)
+        require_hospital_field(settings)
     jobs = [*jobs, *_pooled_reference(jobs)]
     checked = [(job, load("simulate", job, RunSettings)) for job in jobs]
     sweep = new_run_folder(checked[0][1].runs, "sweep")
@@ -45,7 +48,7 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
         folders.append(folder.path)
     write_comparison(folders, sweep.path)
     print_comparison(folders, console)
-    console.print(f"report: [bold]{escape(str(sweep.path / 'report.html'))}[/bold]")
+    console.print(f"report: [bold]{escape(str(sweep.path / 'report.html'))}[/bold]", soft_wrap=True)
     return sweep
 
 

@@ -107,6 +107,12 @@ class Strategy(Settings):
         """Whether weights have an effect."""
         return self.declared.weighted
 
+    def require_count(self, count: int) -> None:
+        """Return when so many adapters can be merged; asked before hospitals pay for a round.
+
+        Raises MergeError.
+        """
+
     @abstractmethod
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw

@@ -32,18 +32,22 @@ class Krum(FromInnerProducts):
         """One that is chosen alone has no weight beside others."""
         return self.chosen != 1
 
-    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
-        """See ``FromInnerProducts.coefficients``. Raises MergeError with too few hospitals."""
-        k = len(weights)
-        if k <= 2 * self.liars + 2:
+    def require_count(self, count: int) -> None:
+        """See ``Strategy.require_count``."""
+        if count <= 2 * self.liars + 2:
             raise MergeError(
                 f"krum with liars={self.liars} needs at least {2 * self.liars + 3} to merge"
             )
-        if self.chosen is not None and self.chosen > k - self.liars:
+        if self.chosen is not None and self.chosen > count - self.liars:
             raise MergeError(
-                f"krum with chosen={self.chosen}: of {k}, {self.liars} of which may lie, "
-                f"at most {k - self.liars} can be chosen"
+                f"krum with chosen={self.chosen}: of {count}, {self.liars} of which may lie, "
+                f"at most {count - self.liars} can be chosen"
             )
+
+    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
+        """See ``FromInnerProducts.coefficients``. Raises MergeError with too few hospitals."""
+        k = len(weights)
+        self.require_count(k)
         size = products.diagonal()
         squared = (size[:, None] + size[None, :] - 2 * products).clamp(min=0)
         squared.fill_diagonal_(float("inf"))

@@ -51,6 +51,10 @@ class Lines(Strategy):
         """Whether weights have an effect on the wrapped strategy."""
         return self._wrapped.weighted
 
+    def require_count(self, count: int) -> None:
+        """See ``Strategy.require_count``: what the wrapped strategy can merge."""
+        self._wrapped.require_count(count)
+
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:

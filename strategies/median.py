@@ -32,12 +32,16 @@ class Median(Strategy):
         weighted=False,
     )
 
+    def require_count(self, count: int) -> None:
+        """See ``Strategy.require_count``."""
+        if count < 3:
+            raise MergeError(f"{self.name} needs at least 3 to merge")
+
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with fewer than three hospitals."""
-        if len(adapters) < 3:
-            raise MergeError(f"{self.name} needs at least 3 to merge")
+        self.require_count(len(adapters))
         return {
             name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense(adapters).items()
         }
@@ -55,13 +59,18 @@ class TrimmedMean(Strategy):
     )
     liars: Annotated[int, Field(ge=1)] = 1  # hospitals that may send anything
 
+    def require_count(self, count: int) -> None:
+        """See ``Strategy.require_count``."""
+        least = 2 * self.liars + 1
+        if count < least:
+            raise MergeError(f"{self.name} with liars={self.liars} needs at least {least} to merge")
+
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with too few hospitals."""
         k, f = len(adapters), self.liars
-        if k <= 2 * f:
-            raise MergeError(f"{self.name} with liars={f} needs at least {2 * f + 1} to merge")
+        self.require_count(k)
         return {
             name: torch.stack(own).sort(0).values[f : k - f].mean(0)
             for name, own in dense(adapters).items()

@@ -23,10 +23,14 @@ class Slerp(FromInnerProducts):
     name: ClassVar[str] = "slerp"
     declared: ClassVar = Declaration(space="gram", paper="Shoemake 1985")
 
+    def require_count(self, count: int) -> None:
+        """See ``Strategy.require_count``."""
+        if count > 2:
+            raise MergeError("slerp merges two; use karcher for more")
+
     def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
         """See ``FromInnerProducts.coefficients``. Raises MergeError for more than two."""
-        if len(weights) > 2:
-            raise MergeError("slerp merges two; use karcher for more")
+        self.require_count(len(weights))
         if len(weights) == 1:
             return weights
         cosine = cosines(products)[0, 1]

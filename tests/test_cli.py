@@ -150,6 +150,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["simulate", "privacy.epsilon=-1"], "privacy.epsilon=-1: input should be greater than 0"),
         (["simulate", "notes=csv"], "notes.path must name the file or folder of notes"),
+        (["simulate", "notes=csv", "notes.path=p"], "notes.hospital_field must name the field"),
+        (["simulate", "hospitals=by_field"], "notes.hospital_field must name the field that says"),
         (["simulate", "--multirun", "seed=1,x"], "seed=x: input should be a valid integer"),
         (["simulate", "--multirun", "resume=runs/x"], "resume: a single run is gone on with"),
         (["simulate", "resume=nowhere"], "resume=nowhere: no run folder (config.yaml is missing)"),
@@ -188,6 +190,14 @@ def test_a_site_policy_that_is_absent_ends_the_client_with_code_1(
 ) -> None:
     assert wardround.main(["client", f"site={tmp_path / 'site.yaml'}"]) == 1
     assert capsys.readouterr().err == f"wardround: {tmp_path / 'site.yaml'}: no such site policy\n"
+
+
+def test_what_the_disk_refuses_is_told_without_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "run").touch()
+    assert wardround.main(["server", f"run_dir={file}"]) == 1
+    assert capsys.readouterr().err == f"wardround: {file}: file exists\n"
 
 
 def test_another_configuration_is_not_mixed_into_a_federation(

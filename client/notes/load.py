@@ -17,7 +17,7 @@ from client.notes.tabular import read_csv, read_jsonl, read_parquet
 from client.notes.text_folder import read_text_folder
 from conf.schema import NotesSettings
 
-__all__ = ["NotesError", "load_notes"]
+__all__ = ["NotesError", "checked_path", "load_notes"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def load_notes(settings: NotesSettings) -> NoteSet:
     where the settings cannot be met, there is no usable note, or ``on_bad_record=refuse`` and a
     record is bad.
     """
-    path = _checked_path(settings)
+    path = checked_path(settings)
     outcomes = _without_duplicates(list(_READERS[settings.source](path, settings)))
     found = NoteSet(
         notes=tuple(o for o in outcomes if isinstance(o, Note)),
@@ -94,8 +94,8 @@ def _duplicate(note: Note) -> Rejected:
     return Rejected(note.origin, None, Reason.DUPLICATE)  # a file without lines
 
 
-def _checked_path(settings: NotesSettings) -> Path:
-    """The path, once the settings fit the source. Raises NotesError."""
+def checked_path(settings: NotesSettings) -> Path:
+    """The path, once it is there and the settings fit the source. Raises NotesError."""
     if settings.source == "clinosim" or settings.path is None:
         raise NotesError(
             "notes=clinosim: only `wardround simulate` makes simulated notes; set notes.source and "

@@ -44,7 +44,6 @@ _PRV_ERROR = 0.01  # of epsilon: PRV adds its own error bound to its figure
 _WHOLE_ORDERS = (*range(2, 64), 128, 256, 512, 1024)
 _ORDERS = (*(2 + i / 4 for i in range(40)), *(o for o in _WHOLE_ORDERS if o >= 12))
 _MIN_SIGMA, _MAX_SIGMA = 0.3, 1000.0
-_MOST_STEPS = 1_000_000
 
 
 class AccountingError(RuntimeError):
@@ -197,18 +196,26 @@ def _merged(history: Sequence[GaussianSteps]) -> History:
 
 
 def steps_within(
-    history: History, sampling_rate: float, noise_multiplier: float, budget: float, delta: float
+    history: History,
+    sampling_rate: float,
+    noise_multiplier: float,
+    budget: float,
+    delta: float,
+    most: int,
 ) -> int:
-    """How many steps of one mechanism still fit into ``budget`` after ``history``; at most 10^6."""
+    """How many steps of one mechanism fit into ``budget`` after ``history``; at most ``most``.
+
+    Compositions far beyond the budget, whose grid of losses would fill the memory, are not formed.
+    """
 
     def fits(steps: int) -> bool:
         planned = (*history, GaussianSteps(sampling_rate, noise_multiplier, steps))
         return _authority(planned, delta) <= budget
 
     low, high = 0, 1
-    while high <= _MOST_STEPS and fits(high):
+    while high <= most and fits(high):
         low, high = high, high * 2
-    high = min(high, _MOST_STEPS + 1)
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 import wardround
-from client.privacy.accountant import GaussianSteps, calibrate, epsilon
+from client.privacy.accountant import GaussianSteps, calibrate, epsilon, epsilon_rdp
 from client.privacy.audit_log import AuditLog, Line
 from client.privacy.ledger import Ledger
 from conf.policy import SitePolicy
@@ -187,10 +188,30 @@ def test_what_does_not_fit_is_told_with_what_would(spent: SitePolicy, person: Pe
     assert found
     fit = int(found[1])
     history = (CHARGE,) * 3
+    after = epsilon_rdp((*history, GaussianSteps(1.0, 6.0, 300)), 1e-5)
+    assert f"would lead to epsilon {after:.3f} (by RDP)" in text
     assert epsilon((*history, GaussianSteps(1.0, 6.0, fit)), 1e-5) <= 8
     assert epsilon((*history, GaussianSteps(1.0, 6.0, fit + 1)), 1e-5) > 8
     with Ledger.of(spent) as ledger:
         assert ledger.history() == history  # asking is free
+
+
+def test_a_plan_far_beyond_the_budget_is_not_composed(
+    site: SitePolicy, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exact figure would take more than 6 GB."""
+    composed: list[int] = []
+
+    def counted(self: Any, times: int) -> Any:
+        composed.append(times)
+        return compose(self, times)
+
+    compose = PrivacyLossDistribution.self_compose
+    monkeypatch.setattr(PrivacyLossDistribution, "self_compose", counted)
+    size = ("plan.rounds=500", "plan.local_steps=10", "plan.sampling_rate=0.1")
+    text = person.types("plan", *size, "plan.noise_multiplier=0.5", code=1)
+    assert " of its 5000 steps fit" in text
+    assert max(composed) < 100
 
 
 # --- the statement -----------------------------------------------------------------------------

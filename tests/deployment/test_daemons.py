@@ -7,10 +7,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
 from client import daemon as client_daemon
+from client.notes.note import NotesError
 from client.site import SiteError
 from conf.commands import ClientCommand, ServerCommand
 from conf.deployment import ClientSettings, ServerSettings
@@ -62,6 +64,17 @@ def test_a_hospital_without_the_coordinators_certificate_is_told_so(
         client_daemon.serve(
             tmp_path / "absent.yaml", client_settings(tmp_path), Console(quiet=True)
         )
+
+
+def test_a_hospital_whose_notes_are_not_there_does_not_start(
+    policies: list[Path], tmp_path: Path
+) -> None:
+    policy = yaml.safe_load(policies[0].read_text())
+    policy["notes"]["path"] = "/nowhere"
+    policies[0].write_text(yaml.safe_dump(policy))
+    with pytest.raises(NotesError, match=r"notes\.path=/nowhere: no such file or folder"):
+        client_daemon.serve(policies[0], client_settings(tmp_path), Console(quiet=True))
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_hospital_connects_to_the_coordinator_of_its_policy_only(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -365,4 +365,27 @@ def test_too_few_hospitals_are_waited_for_and_not_longer_than_allowed(
     grid = local_grid({11: honest[11]})
     with pytest.raises(RoundFailed, match="hospitals connected in time: 1, needed: 2"):
         go(grid, settings(federation=federation), folder)
+    assert grid.asked == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ({"name": "slerp"}, "slerp merges two"),
+        ({"name": "krum"}, "krum with liars=1 needs at least 5"),
+        ({"name": "trimmed_mean", "liars": 2}, "trimmed_mean with liars=2 needs at least 5"),
+        ({"name": "lines", "of": "krum"}, "krum with liars=1 needs at least 5"),
+    ],
+)
+def test_nobody_is_asked_for_a_round_that_could_not_be_merged(
+    local_grid: Grids,
+    honest: dict[int, Answer],
+    settings: Settings,
+    folder: RunFolder,
+    strategy: dict[str, Any],
+    said: str,
+) -> None:
+    grid = local_grid(honest)
+    with pytest.raises(RoundFailed, match=f"round 1: 3 hospitals are connected, and {said}"):
+        go(grid, settings(strategy=strategy), folder)
     assert grid.asked == []

@@ -28,7 +28,7 @@ def command(options: tuple[str, ...], mediflow_folder: Path, tmp_path: Path) -> 
     [
         ("hospitals.count=4", 2, "hospitals.count=4: notes.hospital_field=hospital has only 3"),
         ("notes.holdout=0.001", 2, "hospital east: 0 of its 20 patients are held out"),
-        ("model.path=/nowhere", 1, "model.path=/nowhere: not a causal language model"),
+        ("model.path=/nowhere", 1, "model.path=/nowhere: no such folder, nor a model of the hub"),
         ("notes.path=/nowhere", 1, "notes.path=/nowhere: no such file or folder"),
         ("notes.text_field=body", 1, "(120 field missing: body)"),
         ("adapter.targets=[c_attn]", 1, "no module of LlamaForCausalLM matches targets=['c_attn']"),

@@ -336,7 +336,7 @@ def test_every_strategy_has_an_option_file_with_its_defaults(name: str) -> None:
     ("name", "parameters", "said"),
     [
         ("ties", {"density": 1.5}, "strategy.density=1.5: input should be less than 1"),
-        ("ties", {"densty": 0.5}, "strategy.densty=0.5: extra inputs are not permitted"),
+        ("ties", {"densty": 0.5}, "strategy.densty=0.5: unknown key; there are: agreeing, den"),
         ("ties", {"scope": "row"}, "strategy.scope=row: input should be 'layer' or 'model'"),
         ("della", {"window": 0.6}, "strategy.density=0.5: from 0.6 to 0.4"),
         ("breadcrumbs", {"outliers": 0.9}, "strategy.density=0.15: with strategy.outliers=0.9 at"),

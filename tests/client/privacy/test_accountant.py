@@ -150,10 +150,11 @@ def test_more_never_costs_less_and_order_does_not_matter(
 
 def test_steps_within_a_budget_are_the_most_that_fit() -> None:
     history = (GaussianSteps(1.0, 8.0, 3),)
-    fit = steps_within(history, 1.0, 8.0, 2.0, DELTA)
+    fit = steps_within(history, 1.0, 8.0, 2.0, DELTA, 1000)
     assert epsilon((*history, GaussianSteps(1.0, 8.0, fit)), DELTA) <= 2.0
     assert epsilon((*history, GaussianSteps(1.0, 8.0, fit + 1)), DELTA) > 2.0
-    assert steps_within(history, 1.0, 8.0, 0.5, DELTA) == 0
+    assert steps_within(history, 1.0, 8.0, 0.5, DELTA, 1000) == 0
+    assert steps_within(history, 1.0, 8.0, 2.0, DELTA, fit - 1) == fit - 1
 
 
 _steps = st.builds(
