@@ -76,7 +76,8 @@ def _read(kind: str, content: RecordDict) -> tuple[tuple[TrainingPlan, Adapter] 
     try:
         return unpack_task(content), ""
     except ValueError as problem:
-        return None, type(problem).__name__
+        said = " ".join(str(problem).split()).encode("ascii", "backslashreplace").decode()
+        return None, said[:200]  # in the coordinator's words, for the site's own log
 
 
 def _refusal(problem: Exception, site: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from adapters.base_model import skeleton
 from client import node_key
 from client.notes.load import checked_path
 from client.site import SITE, read_policy
@@ -61,7 +62,7 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
 
     Raises
     ------
-    SiteError, NotesError, NodeKeyError, DaemonError
+    SiteError, NotesError, ModelError, NodeKeyError, DaemonError
         One line says what is wrong, before anything is started.
     """
     own = read_policy(policy)
@@ -70,7 +71,9 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
         raise DaemonError(
             f"client.server={settings.server}: {policy} allows coordinator.address {allowed} only"
         )
-    checked_path(own.notes)  # else each round would be refused, which the coordinator sees first
+    # Else each round would be refused, and the coordinator would be the first to know.
+    checked_path(own.notes)
+    skeleton(own.model)
     state = processes.private_folder(settings.state / site)  # two sites of one machine stay apart
     trust = _trust(settings, state, site, console)
     commands = processes.shadow_commands(state / "commands", "flwr-clientapp", "client.pinned")

@@ -6,6 +6,7 @@ A coordinator's plan may only be stricter than the policy. Nothing in a message 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -32,6 +33,15 @@ def _window(text: str) -> str:
         parse(text)
     except ValueError as problem:
         raise ValueError(f"quiet_hours: {problem}") from None
+    return text
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", text):
+        raise ValueError(
+            f"site={text!r}: must be letters, digits, '.', '_' and '-', at most 63, the first a "
+            "letter or digit"
+        )
     return text
 
 
@@ -91,7 +101,7 @@ class ShareLimits(Settings):
 class SitePolicy(Settings):
     """Everything a hospital decides for itself."""
 
-    site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+    site: Annotated[str, AfterValidator(_name)]
     lineage: Annotated[str, Field(min_length=1)]  # names the data set the budget belongs to
     ledger: Path
     site_key: Path | None = None  # the site's secret; None: beside the ledger, as NAME.key

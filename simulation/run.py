@@ -99,6 +99,9 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
     """
     began = time.monotonic()
     measured = Measurements()
+    model = skeleton(settings.model)
+    if settings.alignment.enabled:
+        require_targets(model, settings.alignment)
     folder.create(settings)
     console.print(f"run folder: [bold]{escape(str(folder.path))}[/bold]", soft_wrap=True)
     with PeakMemory() as memory:
@@ -108,7 +111,6 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
             console.print(f"[yellow]note[/yellow] {notice}")
         instructions = None
         if settings.alignment.enabled:  # before the rounds, so that a mistake in them costs little
-            require_targets(skeleton(settings.model), settings.alignment)
             with _stage(console, measured, "instructions") as on_step:
                 instructions = _instructions(settings, folder, on_step)
         with _timed(measured, "rounds"):

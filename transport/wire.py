@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ValidationError
 from torch import Tensor
 
 from adapters.adapter import Adapter
@@ -44,6 +45,10 @@ def unpack_task(content: RecordDict) -> tuple[TrainingPlan, Adapter]:
         tensors = content.array_records["adapter"].to_torch_state_dict()
     except KeyError as missing:
         raise ValueError(f"record missing: {missing.args[0]}") from None
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, ("plan", *first["loc"])))
+        raise ValueError(f"{place}: {first['msg']}") from None
     except ValueError:
         raise
     except Exception as problem:  # bytes that are no array fail in many ways

@@ -26,7 +26,7 @@ from server.progress import stage_progress
 from server.run_folder import write_atomically
 from strategies.base import Draw
 from strategies.merging import Merge, merge
-from strategies.registry import create, require_adapters_suffice
+from strategies.registry import create, innermost, require_adapters_suffice
 
 _BASE = "base"
 
@@ -50,6 +50,11 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
         raise ConfigError(f"out={command.out}: holds a finished search; take another folder")
     strategy = create(command.strategy.name, command.strategy.parameters)
     require_adapters_suffice(strategy, "strategy")
+    if innermost(strategy).declared.space == "factors":
+        raise ConfigError(
+            f"strategy={strategy.name}: acts on factors, which experts have in their own bases; "
+            "take product_mean"
+        )
     space = Space.of(strategy, len(command.experts), command.search.keep)
     names = distinct_names("experts", command.experts)
     experts = {
@@ -64,9 +69,8 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
         weights_under(base, expert)  # says at once which does not fit
         if command.rank is not None and command.rank > (narrowest := highest_rank(expert)):
             raise ConfigError(f"rank={command.rank}: a layer is only {narrowest} wide")
-    first = space.candidate(space.start)
-    if first is not None:  # what cannot be merged fails before anything is scored
-        bench.merged(first, list(experts.values()))
+    # What cannot be merged fails before anything is scored.
+    bench.merged(space.configured, list(experts.values()))
     journal = Journal(command.out / "search.jsonl", _what(command, base, experts, tasks))
     with stage_progress(console) as progress:
         bar = progress.add_task("experts towards the base", total=len(experts))

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from cmaes import CMA
 from numpy.typing import NDArray
 
 from conf.load import ConfigError
-from server.experts.cma import CmaEs
 from server.experts.journal import Journal
 from server.experts.space import Candidate, Space
 from strategies.base import MergeError
@@ -98,25 +98,30 @@ def _run(
     tried: Mapping[str, object],
 ) -> None:
     """Ask and tell until the budget is spent or nothing new comes up."""
-    first = space.candidate(space.start)
-    if first is not None:
-        loss(first)
+    loss(space.configured)
     if not space.dimensions:
         return
-    optimizer, stale = CmaEs(space.start, _SPREAD, seed), 0
+    optimizer, stale = _optimizer(space.start, seed), 0
     while stale < _STALE:
         before = len(tried)
-        drawn = [_valid(space, optimizer) for _ in range(optimizer.size)]
+        drawn = [_valid(space, optimizer) for _ in range(optimizer.population_size)]
         losses = [loss(candidate) for _, candidate in drawn]
-        optimizer.tell([point for point, _ in drawn], losses)
+        points = [point for point, _ in drawn]
+        optimizer.tell(list(zip(points, losses, strict=True)))
         stale = stale + 1 if len(tried) == before else 0
 
 
-def _valid(space: Space, optimizer: CmaEs) -> tuple[NDArray[np.float64], Candidate]:
+def _optimizer(start: NDArray[np.float64], seed: int) -> CMA:
+    """CMA-ES (Hansen, arXiv 1604.00772) in the unit cube, which has two dimensions at least."""
+    mean = np.append(start, 0.5) if len(start) == 1 else start.astype(np.float64)
+    return CMA(mean, _SPREAD, np.tile([0.0, 1.0], (len(mean), 1)), seed=seed)
+
+
+def _valid(space: Space, optimizer: CMA) -> tuple[NDArray[np.float64], Candidate]:
     """A point whose parameters fit each other, as ranges alone do not ensure."""
     for _ in range(_REDRAWS):
-        point = optimizer.draw()
-        candidate = space.candidate(point)
+        point = optimizer.ask()
+        candidate = space.candidate(point[: len(space.start)])
         if candidate is not None:
             return point, candidate
     raise ConfigError(f"strategy={space.strategy.name}: its ranges hold hardly a valid choice")

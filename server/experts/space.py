@@ -127,6 +127,12 @@ class Space:
             ]
         )  # fmt: skip
 
+    @property
+    def configured(self) -> Candidate:
+        """Equal weights, and the parameters exactly as configured."""
+        weights = (1 / self.experts,) * self.experts
+        return Candidate(weights, self.strategy.model_dump(mode="json"))
+
     def candidate(self, point: NDArray[np.float64]) -> Candidate | None:
         """What is at a point of the unit cube; None where the strategy refuses the combination."""
         values = {d.name: d.value(float(at)) for d, at in zip(self.dimensions, point, strict=True)}

@@ -150,6 +150,8 @@ def method(name: str) -> Method:
         if name == "product_mean":
             return Method(name, on="weights", linear=True)
         return Method(name, on="either" if name in _EITHER else "differences")
-    known = ", ".join(sorted({*MERGEKIT, *strategies()}))
+    declared = {name: kind.declared for name, kind in strategies().items()}
+    ours = {name for name, what in declared.items() if not (what.statistics or what.noise)}
+    known = ", ".join(sorted({*MERGEKIT, *ours}))
     hint = f" is not supported ({_ELSEWHERE[name]})" if name in _ELSEWHERE else ""
     raise ConfigError(f"merge_method={name}{hint}: choose one of {known}")

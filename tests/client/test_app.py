@@ -184,8 +184,8 @@ def test_a_plan_that_is_not_allowed_is_refused_and_costs_nothing(
     assert east.states() == []
 
 
-def test_an_unreadable_plan_is_refused(
-    hospital: Install, plan: Make, starting_point: Start
+def test_an_unreadable_plan_is_refused_and_the_hospital_learns_what_is_wrong_with_it(
+    hospital: Install, plan: Make, starting_point: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     east = hospital()
     task = pack_task(plan(), starting_point[0])
@@ -199,7 +199,12 @@ def test_an_unreadable_plan_is_refused(
         json.dumps({k: v for k, v in wished.items() if k != "privacy"}),
     ):
         task["plan"] = ConfigRecord({"json": text})
-        assert refused(east.send(task)) is Reason.PLAN_INVALID, text[:40]
+        reply = east.send(task)
+        assert refused(reply) is Reason.PLAN_INVALID, text[:40]
+        assert "permitted" not in everything_in(reply)
+    told = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+    assert "plan.ledger: Extra inputs are not permitted" in told[2]  # at the hospital only
+    assert all("\n" not in line and len(line) < 400 for line in told)
     for missing in ("plan", "adapter"):
         task = pack_task(plan(), starting_point[0])
         del task[missing]

@@ -51,9 +51,8 @@ def test_a_mistake_is_told_in_one_line_and_no_hospital_has_trained(
     assert expected in said.splitlines()[-1]
     assert said.count("wardround: ") == 1
     assert "Traceback" not in said
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert not (folder / "rounds.jsonl").exists()
-    assert not (folder / "release").exists()
+    assert not list(tmp_path.glob("runs/*/rounds.jsonl"))
+    assert not list(tmp_path.glob("runs/*/release"))
 
 
 def test_a_merge_by_statistics_without_privacy_is_refused_before_there_is_a_run(
@@ -74,8 +73,7 @@ def test_targets_of_the_alignment_are_told_apart_from_those_of_the_rounds_and_be
     assert wardround.main([*command, "alignment.targets=[c_attn]"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wardround: alignment: no module of LlamaForCausalLM matches")
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert not (folder / "adapters").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told(

@@ -254,6 +254,8 @@ def test_what_cannot_be_merged_is_said_in_one_line(
         ([f"experts=[{experts[0]},{experts[0]}]"], "is named twice"),
         (["search.keep=[gamma]"], "search.keep: gamma is not searched"),
         (["strategy=ties", "strategy.density=2"], "strategy.density=2: input should be less"),
+        (["strategy=fedavg"], "strategy=fedavg: acts on factors"),
+        (["strategy=lines", "strategy.of=hetlora"], "strategy=lines: acts on factors"),
         (["strategy=regmean"], "strategy=regmean: needs gram statistics \\(regmean"),
         (["strategy=lines", "strategy.of=noise_aware"], r"strategy=lines: needs the noise's size"),
         (["search.evaluations=501"], "search.evaluations=501: input should be less than or eq"),
@@ -273,8 +275,8 @@ def test_a_merge_that_cannot_work_fails_before_anything_is_scored(
         raise AssertionError("scored in vain")
 
     monkeypatch.setattr(module, "scores_of", scored)
-    with pytest.raises(MergeError, match="rank"):  # of the experts differ
-        run(make("strategy=fedavg"), QUIET)
+    with pytest.raises(MergeError, match="krum with liars=1 needs at least 5"):
+        run(make("strategy=krum"), QUIET)
     assert not (tmp_path / "out").exists()
 
 

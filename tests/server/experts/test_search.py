@@ -47,8 +47,29 @@ def test_the_first_is_the_merge_as_configured_and_the_result_no_worse(
 ) -> None:
     file = tmp_path / "log.jsonl"
     alone = found_in(space, file, 1)
-    assert alone.candidate == space.candidate(space.start)
+    assert alone.candidate == space.configured
     assert found_in(space, file, 20).objective >= alone.objective
+
+
+def test_what_is_configured_is_not_rounded() -> None:
+    first = Space.of(create("ties", {"density": 1 / 3}), 3).configured
+    assert first.parameters == create("ties", {"density": 1 / 3}).model_dump(mode="json")
+    assert first.weights == (1 / 3,) * 3
+
+
+def test_one_parameter_alone_is_searched_and_stays_in_its_range(tmp_path: Path) -> None:
+    space = Space.of(
+        create("ties"), 2, keep=["weights", "strength", "scope", "election", "agreeing"]
+    )
+    assert [dimension.name for dimension in space.dimensions] == ["density"]
+    tried: list[float] = []
+
+    def evaluate(candidate: Candidate) -> dict[str, float]:
+        tried.append(candidate.parameters["density"])
+        return {"a": tried[-1]}  # the best is at the end of the range
+
+    assert found_in(space, tmp_path / "log.jsonl", 200, evaluate=evaluate).objective > 0.99
+    assert all(0 < density <= 1 for density in tried)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 30, 59])
