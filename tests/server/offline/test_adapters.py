@@ -204,6 +204,21 @@ def test_the_merged_adapter_folded_into_its_base_is_the_same_model(
     assert gap(dense(tmp_path / "adapter"), signed) < 2e-7
 
 
+def test_the_report_compares_what_is_subtracted_with_its_sign(
+    adapters: list[Path], tmp_path: Path, call: Call
+) -> None:
+    models = {path: {"weight": w} for path, w in zip(adapters[:2], (1, -0.5), strict=True)}
+    assert call(merge_method="task_arithmetic", models=models) == 0
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    one, other = map(dense, adapters[:2])
+    for name, layer in report["layers"].items():
+        d, e = (
+            one[f"base_model.model.{name}"].flatten(),
+            -other[f"base_model.model.{name}"].flatten(),
+        )
+        assert layer["mean_cosine"] == pytest.approx(float(d @ e / d.norm() / e.norm()), rel=1e-6)
+
+
 def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path: Path, call: Call) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
