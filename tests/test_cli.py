@@ -238,7 +238,8 @@ def opened_by_a_reader(fifo: Path) -> int:
 def test_an_interrupt_ends_the_process_with_code_130_and_one_line(tmp_path: Path) -> None:
     fifo = tmp_path / "notes.jsonl"
     os.mkfifo(fifo)  # reading it waits for ever
-    process = start(["simulate", "notes=jsonl", f"notes.path={fifo}", "runs=runs"], tmp_path)
+    options = [f"notes.path={fifo}", "notes.hospital_field=hospital", "runs=runs"]
+    process = start(["simulate", "notes=jsonl", *options], tmp_path)
     assert process.stderr
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(process.stderr or []))
