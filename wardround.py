@@ -50,9 +50,10 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: the function that does it, and how it is called."""
+    """A subcommand: the function that does it, for whom it is, and how it is called."""
 
     run: Callable[[list[str], bool, Console], int]
+    user: str
     usage: str = "[key=value ...]"
     options: str = "Options are key=value, as in the files under conf/, where each is explained."
 
@@ -210,22 +211,25 @@ def _transfer(overrides: list[str], multirun: bool, console: Console) -> int:
     return 0
 
 
+_RESEARCHER, _HOSPITAL, _COORDINATOR = "a researcher", "a hospital", "a coordinator"
+
 COMMANDS = {
-    "simulate": Command(_simulate),
-    "server": Command(_server),
-    "client": Command(_client),
-    "align": Command(_align),
+    "simulate": Command(_simulate, _RESEARCHER),
+    "experts": Command(_experts, _RESEARCHER),
+    "tradeoff": Command(_tradeoff, _RESEARCHER),
+    "client": Command(_client, _HOSPITAL),
+    "ledger": Command(_ledger, _HOSPITAL),
+    "audit": Command(_audit, _HOSPITAL),
+    "evaluate": Command(_evaluate, _HOSPITAL),
+    "server": Command(_server, _COORDINATOR),
+    "align": Command(_align, _COORDINATOR),
     "merge": Command(
         _merge,
+        _COORDINATOR,
         usage="FILE.yaml OUT_DIR",
         options="Methods, parameters, and where they differ from mergekit: docs/offline-merging.md",
     ),
-    "evaluate": Command(_evaluate),
-    "experts": Command(_experts),
-    "tradeoff": Command(_tradeoff),
-    "transfer": Command(_transfer),
-    "ledger": Command(_ledger),
-    "audit": Command(_audit),
+    "transfer": Command(_transfer, _COORDINATOR),
 }
 
 
@@ -233,19 +237,29 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; argparse would print the usage above it."""
 
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument COMMAND: ")
         self.exit(_USAGE, f"wardround: {message}; see {self.prog} --help\n")
+
+
+def _by_user() -> dict[str, list[str]]:
+    """The names of the commands, by whom they are for."""
+    users = dict.fromkeys(command.user for command in COMMANDS.values())
+    return {user: [n for n, command in COMMANDS.items() if command.user == user] for user in users}
 
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     texts = {name: command_help(name) for name in COMMANDS}
-    lines = "\n".join(f"  {name:10} {line}" for name, (line, _) in texts.items())
+    lines = "\n\n".join(
+        f"for {user}:\n" + "\n".join(f"  {name:10} {texts[name][0]}" for name in names)
+        for user, names in _by_user().items()
+    )
     parser = _Parser(
         prog="wardround",
         formatter_class=plain,
         usage="wardround COMMAND [key=value ...]",
         description="Federated, differentially private adaptation of a language model to clinical "
-        f"notes.\n\ncommands:\n{lines}",
+        f"notes.\n\nTo see all of it at work: wardround simulate\n\n{lines}",
         epilog="wardround COMMAND --help says more about one of them.",
     )
     commands = parser.add_subparsers(
