@@ -174,10 +174,13 @@ def _alignment(summary: Summary) -> list[str]:
     ]
     if changes:
         mean = sum(changes) / len(changes)
-        direction = "raised" if mean >= 0 else "lowered"
-        sentences.append(
-            f"It {direction} perplexity on held-out notes by {percent(abs(mean), 1)} on average."
-        )
+        size, where = percent(abs(mean), 1), "perplexity on held-out notes"
+        if size == percent(0.0, 1):
+            sentences.append(f"On average it left {where} as it was.")
+        else:
+            sentences.append(
+                f"It {'raised' if mean > 0 else 'lowered'} {where} by {size} on average."
+            )
     return sentences
 
 

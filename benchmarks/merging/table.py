@@ -62,12 +62,14 @@ def figures(found: Sequence[Row], hospitals: int) -> dict[str, float]:
 def draw(results: Sequence[Result], file: Path) -> None:
     """Share of the non-private gain by strategy and epsilon, one panel a number of hospitals.
 
-    Dotted lines are the goals, at four hospitals.
+    Dotted lines are the goals, at four hospitals. Where one arm alone was measured there is nothing
+    to compare, and no panel.
     """
-    counts = [n for n in sorted({r.cell.hospitals for r in results}) if rows(results, n)]
+    everything = {n: rows(results, n) for n in sorted({r.cell.hospitals for r in results})}
+    counts = [n for n, own in everything.items() if len({row.arm for row in own}) > 1]
     if not counts:
         return
-    found = {n: [row for row in rows(results, n) if row.share] for n in counts}
+    found = {n: [row for row in everything[n] if row.share] for n in counts}
     arms = list(dict.fromkeys(row.arm for n in counts for row in found[n]))
     drawing = Drawing(figsize=(5 * len(counts) + 2, 4), layout="constrained")
     panels = drawing.subplots(1, len(counts), sharey=True, squeeze=False)[0]

@@ -186,6 +186,22 @@ def _no_alignment(summary: Json) -> None:
         hospital["bits_per_char"].pop("aligned")
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (1.0004, "On average it left perplexity on held-out notes as it was."),
+        (1.002, "It raised perplexity on held-out notes by 0.2 % on average."),
+        (0.998, "It lowered perplexity on held-out notes by 0.2 % on average."),
+    ],
+)
+def test_what_alignment_did_to_the_notes_is_said_as_it_is(
+    report: Callable[[Json], Page], summary: Json, factor: float, said: str
+) -> None:
+    for hospital in summary["hospitals"].values():
+        hospital["perplexity"]["aligned"] = factor * hospital["perplexity"]["merged"]
+    assert said in words(report(summary))
+
+
 def _no_figures_of_merges(summary: Json) -> None:
     for record in summary["rounds"]:  # a run of one hospital has no cosine, mixed ranks no FedAvg
         record |= dict.fromkeys(MERGE)
