@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -88,7 +88,9 @@ def validate(raw: Any, kind: type[T], under: str = "") -> T:
 def _keys(kind: Any, path: Sequence[int | str]) -> str:
     """The keys that settings of this kind have at ``path``."""
     for part in path:
-        kind = kind.model_fields[part].annotation
+        if isinstance(part, str):  # a number is a place in a list, whose items are settings
+            own = kind.model_fields[part].annotation
+            kind = next(k for k in (own, *get_args(own)) if hasattr(k, "model_fields"))
     return ", ".join(sorted(kind.model_fields)) or "none"
 
 

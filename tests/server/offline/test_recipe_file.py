@@ -24,6 +24,10 @@ from tests.server.offline.test_command import said
             "parameters: {density: 0.5,\n  density: 1}",
             "density is given twice (line 2); give it once",
         ),
+        (
+            "merge_method: ties\nmodels: [{model: a}, {model: b, wieght: 1}]",
+            "models.1.wieght=1: unknown key; there are: model, parameters",
+        ),
         ("just words", "says no merge_method and models; see docs/offline-merging.md"),
     ],
 )
