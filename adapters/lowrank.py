@@ -67,7 +67,8 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm of dW."""
-        return max(self.inner(self), 0.0) ** 0.5
+        B, A = self.B.double(), self.A.double()
+        return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0) ** 0.5
 
     def is_finite(self) -> bool:
         """True when no factor holds NaN or infinity."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.progress import Progress
 
@@ -38,10 +39,22 @@ class Measured:
 
 
 def interleaved(
-    variants: Mapping[str, Job], repeats: int, progress: Progress, title: str, warm: bool = False
+    variants: Mapping[str, Job],
+    repeats: int,
+    progress: Progress,
+    title: str,
+    warm: bool = False,
+    keep_freed: bool = False,
+    in_a_row: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Measured]:
-    """Run every variant once to warm up (unless ``warm``), then ``repeats`` times in turn."""
-    _return_freed_memory()
+    """Run every variant once to warm up (unless ``warm``), then ``repeats`` times in turn.
+
+    Freed memory is returned to the system, so that peaks can be told apart, which costs time where
+    a job takes milliseconds: ``keep_freed`` measures those as an ordinary process runs them, and
+    its peaks mean nothing. A variant that ``in_a_row`` names runs that often for one sample, which
+    is the time of one run.
+    """
+    _set_allocator(keep_freed)
     measured = {name: Measured() for name in variants}
     first = 1 if warm else 0
     task = progress.add_task(title, total=len(variants) * (repeats + 1 - first))
@@ -51,20 +64,22 @@ def interleaved(
             gc.collect()
             rest = _reset_peak()
             began = time.process_time()
-            job()
+            runs = in_a_row.get(name, 1)
+            for _ in range(runs):
+                job()
             if repetition:
-                measured[name].seconds.append(time.process_time() - began)
+                measured[name].seconds.append((time.process_time() - began) / runs)
                 measured[name].megabytes.append(max(0.1, _status("VmHWM") - rest))
             progress.advance(task)
     progress.update(task, description=title)
     return measured
 
 
-def _return_freed_memory() -> None:
-    """Large blocks go back to the system when they are freed, so that peaks can be told apart."""
+def _set_allocator(keep_freed: bool) -> None:
+    """Large blocks are kept, as the C library does after a while, or returned when freed."""
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
-    libc.mallopt(_M_TRIM_THRESHOLD, 0)
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20 if keep_freed else 64 * 2**10)
+    libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20 if keep_freed else 0)
 
 
 def _reset_peak() -> float:

@@ -39,32 +39,33 @@ class Lines(Strategy):
     @property
     def statistics(self) -> Statistic | None:
         """What the wrapped strategy needs."""
-        return self._wrapped.statistics
+        return self.wrapped.statistics
 
     @property
     def needs_noise(self) -> bool:
         """Whether the wrapped strategy does."""
-        return self._wrapped.needs_noise
+        return self.wrapped.needs_noise
 
     @property
     def weighted(self) -> bool:
         """Whether weights have an effect on the wrapped strategy."""
-        return self._wrapped.weighted
+        return self.wrapped.weighted
 
     def require_count(self, count: int) -> None:
         """See ``Strategy.require_count``: what the wrapped strategy can merge."""
-        self._wrapped.require_count(count)
+        self.wrapped.require_count(count)
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError when the model has more than ``blocks``."""
-        merged = self._wrapped.combine(adapters, weights, draw)
+        merged = self.wrapped.combine(adapters, weights, draw)
         factors = self.factors(merged)
         return {name: update * factors[name] for name, update in merged.items()}
 
     @property
-    def _wrapped(self) -> Strategy:
+    def wrapped(self) -> Strategy:
+        """The strategy whose result is scaled."""
         from strategies.registry import create  # which knows this class too
 
         return create(self.of, self.parameters)

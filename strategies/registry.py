@@ -123,21 +123,30 @@ def require_adapters_suffice(strategy: Strategy, key: str) -> None:
 def innermost(strategy: Strategy) -> Strategy:
     """What acts on the adapters, where a strategy wraps another; else the strategy itself."""
     while isinstance(strategy, Lines):
-        strategy = create(strategy.of, strategy.parameters)
+        strategy = strategy.wrapped
     return strategy
 
 
 def create(
-    name: str, parameters: Mapping[str, Any] | None = None, train: TrainedFactors | None = None
+    name: str,
+    parameters: Mapping[str, Any] | None = None,
+    train: TrainedFactors | None = None,
+    under: str = "strategy",
 ) -> Strategy:
-    """The strategy of that name with these parameters.
+    """The strategy of that name with these parameters, which were given ``under`` a key.
 
     With ``train`` it must also keep what such a training freezes. Raises ConfigError naming the
     parameter, its value and what is allowed.
     """
+    return _created(name, dict(parameters or {}), train, f"{under}.name", under)
+
+
+def _created(
+    name: str, parameters: dict[str, Any], train: TrainedFactors | None, key: str, under: str
+) -> Strategy:
     known = strategies()
     if name not in known:
-        raise ConfigError(f"strategy.name={name}: choose one of {', '.join(sorted(known))}")
+        raise ConfigError(f"{key}={name}: choose one of {', '.join(sorted(known))}")
     kind = known[name]
     if train is not None and train not in kind.declared.trains:
         fit = " | ".join(sorted(n for n, k in known.items() if train in k.declared.trains))
@@ -145,7 +154,7 @@ def create(
             f"adapter.train={train}: strategy={name} merges {' | '.join(kind.declared.trains)}; "
             f"or take strategy={fit}"
         )
-    strategy = validate(dict(parameters or {}), kind, "strategy")
+    strategy = validate(parameters, kind, under)
     if isinstance(strategy, Lines):
-        create(strategy.of, strategy.parameters, train)
+        _created(strategy.of, strategy.parameters, train, f"{under}.of", f"{under}.parameters")
     return strategy

@@ -163,7 +163,7 @@ def parameters_of(strategy: Strategy) -> tuple[Dimension, ...]:
         if (dimension := _dimension(own, field, value))
     ]
     if isinstance(strategy, Lines):
-        inner = create(strategy.of, strategy.parameters)
+        inner = strategy.wrapped
         found += [
             Dimension(f"parameters.{d.name}", d.low, d.high, d.whole, d.choices)
             for d in parameters_of(inner)
@@ -214,6 +214,6 @@ def _nested(strategy: Strategy) -> dict[str, Any]:
         for own, one in _each(name, value).items()
     }
     if isinstance(strategy, Lines):
-        inner = create(strategy.of, strategy.parameters)
+        inner = strategy.wrapped
         values |= {f"parameters.{name}": value for name, value in _nested(inner).items()}
     return values

@@ -29,7 +29,6 @@ from server.offline.plan import Plan
 from strategies.base import Draw, MergeError, Strategy
 from strategies.inner_products import FromInnerProducts
 from strategies.lines import Lines
-from strategies.registry import create
 
 Step = Callable[[], None]  # called after every tensor
 
@@ -229,7 +228,7 @@ def _by_depth(
 ) -> tuple[Strategy, Mapping[str, float]]:
     """LiNeS taken apart: its depth is that of the model, and a strategy here sees one tensor."""
     if isinstance(strategy, Lines):
-        inner, factors = _by_depth(create(strategy.of, strategy.parameters), names)
+        inner, factors = _by_depth(strategy.wrapped, names)
         own = strategy.factors(names)
         return inner, {name: own[name] * factors[name] for name in names}
     return strategy, dict.fromkeys(names, 1.0)

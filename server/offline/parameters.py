@@ -142,11 +142,13 @@ def _densities(recipe: Recipe, how: Method, places: Collection[int]) -> dict[str
     if not any("density" in recipe.models[n].parameters for n in places):
         return {}
     default = recipe.parameters.get("density", field.default)
-    found = tuple(
-        _number(recipe.models[n].parameters.get("density", default), _where(recipe, n, "density"))
-        for n in places
-    )
-    return {"density": found[0] if len(set(found)) == 1 else found}
+    found = []
+    for n in places:
+        where = _where(recipe, n, "density")
+        found.append(_number(recipe.models[n].parameters.get("density", default), where))
+        if not 0 < found[-1] < 1:
+            raise ConfigError(f"{where}={found[-1]:g}: must lie above 0 and below 1")
+    return {"density": found[0] if len(set(found)) == 1 else tuple(found)}
 
 
 def _translated(name: str, how: Method, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -340,8 +340,13 @@ def test_every_strategy_has_an_option_file_with_its_defaults(name: str) -> None:
         ("ties", {"scope": "row"}, "strategy.scope=row: input should be 'layer' or 'model'"),
         ("della", {"window": 0.6}, "strategy.density=0.5: from 0.6 to 0.4"),
         ("breadcrumbs", {"outliers": 0.9}, "strategy.density=0.15: with strategy.outliers=0.9 at"),
-        ("lines", {"of": "best"}, "strategy.name=best: choose one of "),
-        ("lines", {"of": "ties", "parameters": {"density": 2}}, "strategy.density=2: "),
+        ("lines", {"of": "best"}, "strategy.of=best: choose one of "),
+        ("lines", {"of": "ties", "parameters": {"density": 2}}, "strategy.parameters.density=2: "),
+        (
+            "lines",
+            {"of": "lines", "parameters": {"of": "best"}},
+            "strategy.parameters.of=best: choose one of ",
+        ),
     ],
 )
 def test_an_impossible_parameter_is_named(name: str, parameters: dict[str, Any], said: str) -> None:

@@ -16,7 +16,7 @@ from tests.server.offline.test_command import LINEAR, TIES, broken, said
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ([{"density": 1.4}, {}], "ties: parameters.density=1.4: input should be less than 1"),
+        ([{}, {"density": 1.4}], "models.1.parameters.density=1.4: must lie above 0 and below 1"),
         ([{"density": [0, 1]}, {}], "models.0.parameters.density: must be one number; no gradie"),
         ([{"scope": "model"}, {}], "models.0.parameters.scope=model: must be the same for all mo"),
         ([{"lambda": 1}, {}], "models.0.parameters.lambda: belongs under parameters of the who"),
