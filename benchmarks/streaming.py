@@ -1,8 +1,9 @@
 """What merging many hospitals takes: ``python -m benchmarks.streaming [--quick] [--json FILE]``.
 
 1,000 hospitals (--quick: 100) send adapters of rank 16 for the embedded model, which are made when
-they are asked for and not kept. Every strategy that streams merges them, each in a process of its
-own: CPU seconds, and the peak of resident memory, libraries included. The goal is 2 GB.
+they are asked for and not kept (making them is part of the time: once or a few times each). Every
+strategy that streams merges them, each in a process of its own: CPU seconds, and the peak of
+resident memory, libraries included. The goal is 2 GB.
 
     qv            30 layers of q (576 x 576) and v (192 x 576): the default adapter
     all-linear    all seven matrices of 30 layers; here the mean of products alone
@@ -27,6 +28,8 @@ from rich.table import Table
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
+from adapters.statistics import MeasuredAdapter
+from strategies.base import Draw, Noise, Strategy
 from strategies.merging import merge
 from strategies.registry import OURS, create
 
@@ -43,7 +46,7 @@ _SHAPES = {
         "mlp.down_proj": (_WIDTH, _INNER),
     },
 }
-_SHARED = ("ffa", "fedsvd", "rolora")  # every hospital has the same A
+_SHARED = {"ffa", "fedsvd", "rolora", "fisher", "regmean", "noise_aware"}  # all have the same A
 GOAL_MB = 2000.0
 JOBS = [("qv", kind.name) for kind in OURS if kind.declared.streams]
 JOBS += [("all-linear", name) for name in ("product_mean", "fedsvd", "ffa")]
@@ -52,8 +55,9 @@ JOBS += [("all-linear", name) for name in ("product_mean", "fedsvd", "ffa")]
 class Hospitals(Sequence[Adapter]):
     """Adapters from a seed, made each time they are asked for."""
 
-    def __init__(self, count: int, shapes: str, shared: bool) -> None:
-        self._count, self._shapes, self._shared = count, _SHAPES[shapes], shared
+    def __init__(self, count: int, shapes: str, strategy: Strategy) -> None:
+        self._count, self._shapes = count, _SHAPES[shapes]
+        self._shared, self._statistics = strategy.name in _SHARED, strategy.statistics
 
     def __len__(self) -> int:
         return self._count
@@ -63,13 +67,19 @@ class Hospitals(Sequence[Adapter]):
             raise IndexError(k)
         own = torch.Generator().manual_seed(k)
         common = torch.Generator().manual_seed(2**40)
-        layers = {}
+        layers, measured = {}, {}
         for i in range(_LAYERS):
             for name, (m, n) in self._shapes.items():
                 A = torch.randn(_RANK, n, generator=common if self._shared else own)
                 B = torch.randn(m, _RANK, generator=own)
-                layers[f"model.layers.{i}.{name}"] = LowRank(B, A)
-        return Adapter(AdapterSpec(_RANK, 2.0 * _RANK, tuple(self._shapes)), layers)
+                layer = f"model.layers.{i}.{name}"
+                layers[layer] = LowRank(B, A)
+                if self._statistics == "gram":
+                    measured[layer] = A @ A.T
+                elif self._statistics == "fisher":
+                    measured[f"{layer}.lora_B.weight"] = B.square()
+        spec = AdapterSpec(_RANK, 2.0 * _RANK, tuple(self._shapes))
+        return MeasuredAdapter(spec, layers, measured)
 
 
 def main() -> None:
@@ -100,9 +110,11 @@ def main() -> None:
 def _one(shapes: str, name: str, count: int) -> dict[str, float]:
     """CPU seconds of one merge, and this process's peak of resident megabytes."""
     torch.set_num_threads(1)
-    hospitals = Hospitals(count, shapes, name in _SHARED)
+    strategy = create(name)
+    hospitals = Hospitals(count, shapes, strategy)
     began = time.process_time()
-    merge(create(name), hospitals, [1 / count] * count)
+    draw = Draw(noise=Noise(hospitals[0], (0.1,) * count)) if strategy.needs_noise else None
+    merge(strategy, hospitals, [1 / count] * count, draw)
     seconds = time.process_time() - began
     return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
 

@@ -14,11 +14,11 @@ from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, weighted_sum
 from adapters.statistics import MeasuredAdapter, Statistic, Statistics
 from conf.schema import Settings, TrainedFactors
-from strategies.sums import FactorSums, MergeError, Update, Updates
+from strategies.sums import MergeError, Update, Updates
 
 __all__ = [
     "EVERY_PART", "Declaration", "Draw", "MergeError", "Noise", "Strategy", "Update", "Updates",
-    "deltas", "factor_means", "mean_under_shared", "product_means", "statistics_of",
+    "deltas", "product_means", "statistics_of",
 ]  # fmt: skip
 
 EVERY_PART: tuple[TrainedFactors, ...] = ("B", "A", "alternate", "both")  # as products, not cores
@@ -127,16 +127,13 @@ class Strategy(Settings):
         """
 
 
-def statistics_of(adapters: Sequence[Adapter], names: Iterable[str]) -> list[Statistics]:
-    """Each adapter's statistics of these names, float64. Raises MergeError where one is missing."""
-    found: list[Statistics] = []
-    for adapter in adapters:
-        own = adapter.statistics if isinstance(adapter, MeasuredAdapter) else {}
-        try:
-            found.append({name: own[name].double() for name in names})
-        except KeyError as missing:
-            raise MergeError(f"an adapter without statistics of {missing.args[0]}") from None
-    return found
+def statistics_of(adapter: Adapter, names: Iterable[str]) -> Statistics:
+    """The adapter's statistics of these names, float64. Raises MergeError where one is missing."""
+    own = adapter.statistics if isinstance(adapter, MeasuredAdapter) else {}
+    try:
+        return {name: own[name].double() for name in names}
+    except KeyError as missing:
+        raise MergeError(f"an adapter without statistics of {missing.args[0]}") from None
 
 
 def deltas(adapters: Sequence[Adapter]) -> dict[str, list[LowRank]]:
@@ -151,28 +148,3 @@ def deltas(adapters: Sequence[Adapter]) -> dict[str, list[LowRank]]:
 def product_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
     """Exact sum_k w_k scale_k B_k A_k by layer, at rank sum of ranks."""
     return {name: weighted_sum(parts, weights) for name, parts in deltas(adapters).items()}
-
-
-def factor_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LowRank]:
-    """Mean of B and mean of A by layer, float64, scaled: what FedAvg on factors gives.
-
-    Raises MergeError when ranks or scales differ: then factors have no mean.
-    """
-    return _factor_sums(adapters, weights).means()
-
-
-def mean_under_shared(
-    adapters: Sequence[Adapter], weights: Sequence[float], shared: Literal["A", "B"]
-) -> dict[str, LowRank] | None:
-    """The exact mean of adapters that share factor "A" or "B" in every layer; None if they do not.
-
-    Raises MergeError when ranks or scales differ.
-    """
-    return _factor_sums(adapters, weights).under_shared(shared)
-
-
-def _factor_sums(adapters: Sequence[Adapter], weights: Sequence[float]) -> FactorSums:
-    sums = FactorSums()
-    for adapter, weight in zip(adapters, weights, strict=True):
-        sums.add(adapter, weight)
-    return sums

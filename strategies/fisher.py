@@ -14,21 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
+from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
 from adapters.statistics import MeasuredAdapter
-from strategies.base import (
-    Declaration,
-    Draw,
-    MergeError,
-    Strategy,
-    Update,
-    mean_under_shared,
-    statistics_of,
-)
+from strategies.base import Declaration, Draw, MergeError, Strategy, Update, statistics_of
+from strategies.sums import FactorSums
 
 Factor = Literal["A", "B"]
 
@@ -40,6 +33,7 @@ class Fisher(Strategy):
     declared: ClassVar = Declaration(
         space="factors",
         paper="arXiv 2111.09832",
+        streams=True,
         keeps=frozenset({"one", "equal", "scale"}),
         trains=("B", "A", "alternate"),
         statistics="fisher",
@@ -51,24 +45,37 @@ class Fisher(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError when no factor is shared, or without F."""
         trained, shared = _factors(adapters[0])
-        means = mean_under_shared(adapters, weights, shared)
+        factors, magnitudes = FactorSums(), dict.fromkeys(adapters[0].layers, 0.0)
+        for adapter, w in zip(adapters, weights, strict=True):
+            factors.add(adapter, w)
+            for name, F in _information(adapter, trained).items():
+                magnitudes[name] += float(F.abs().mean()) / len(adapters)
+        means = factors.under_shared(shared)
         if means is None:
             raise MergeError(f"fisher needs the same {shared} in all")
-        keys = {name: f"{name}.lora_{trained}.weight" for name in means}
-        measured = statistics_of(adapters, keys.values())
-        w = torch.tensor(list(weights), dtype=torch.float64)[:, None, None]
-        scale = adapters[0].spec.scale
-        merged = {}
+        totals: dict[str, Tensor] = {}  # sum_k w_k F_k
+        pulls: dict[str, Tensor] = {}  # sum_k w_k F_k theta_k
+        for adapter, w in zip(adapters, weights, strict=True):
+            for name, F in _information(adapter, trained).items():
+                least = self.floor * magnitudes[name] or 1.0  # nothing measured: the plain mean
+                F = w * F.clamp(min=least)
+                pull = F * getattr(adapter.layers[name], trained).double()
+                totals[name] = totals[name] + F if name in totals else F
+                pulls[name] = pulls[name] + pull if name in pulls else pull
+        scale, merged = adapters[0].spec.scale, {}
         for name, mean in means.items():
-            own = torch.stack([getattr(a.layers[name], trained).double() for a in adapters])
-            F = torch.stack([statistics[keys[name]] for statistics in measured])
-            least = self.floor * float(F.abs().mean()) or 1.0  # nothing measured: the plain mean
-            F = w * F.clamp(min=least)
-            value = (F * own).sum(0) / F.sum(0)
+            value = pulls[name] / totals[name]
             merged[name] = (
                 LowRank(value * scale, mean.A) if trained == "B" else LowRank(mean.B, value)
             )
         return merged
+
+
+def _information(adapter: Adapter, trained: Factor) -> dict[str, Tensor]:
+    """F of the trained factor by layer, float64. Raises MergeError where one is missing."""
+    keys = {name: f"{name}.lora_{trained}.weight" for name in adapter.layers}
+    found = statistics_of(adapter, keys.values())
+    return {name: found[key] for name, key in keys.items()}
 
 
 def _factors(adapter: Adapter) -> tuple[Factor, Factor]:

@@ -14,10 +14,12 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
-from strategies.base import EVERY_PART, Declaration, Draw, Strategy, Update, deltas, factor_means
+from strategies.base import EVERY_PART, Declaration, Draw, Strategy, Update
+from strategies.sums import FactorSums, ProductMeans
 
 
 class LoraFair(Strategy):
@@ -27,6 +29,7 @@ class LoraFair(Strategy):
     declared: ClassVar = Declaration(
         space="factors",
         paper="arXiv 2411.14961",
+        streams=True,
         keeps=frozenset({"one", "equal", "scale"}),
         trains=(*EVERY_PART, "core"),
     )
@@ -36,15 +39,21 @@ class LoraFair(Strategy):
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError when ranks differ."""
-        merged: dict[str, Update] = {}
-        updates = deltas(adapters)
-        for name, mean in factor_means(adapters, weights).items():
-            A = mean.A
-            gap = -mean.B @ (A @ A.T)  # (M - mean(B) mean(A)) A^T, and nothing of size m x n
-            for w, part in zip(weights, updates[name], strict=True):
-                gap += w * part.B @ (part.A @ A.T)
-            gram = A @ A.T
-            c = max(self.ridge * float(gram.trace()) / len(A), torch.finfo(gram.dtype).tiny)
-            penalty = c * torch.eye(len(A), dtype=gram.dtype)
-            merged[name] = LowRank(mean.B + torch.linalg.solve(gram + penalty, gap.T).T, A)
-        return merged
+        factors, products = FactorSums(), ProductMeans()
+        for adapter, weight in zip(adapters, weights, strict=True):
+            factors.add(adapter, weight)
+            products.add(adapter, weight)
+        exact = products.take()
+        return {
+            name: LowRank(self._corrected(mean, exact.pop(name)), mean.A)
+            for name, mean in factors.means().items()
+        }
+
+    def _corrected(self, mean: LowRank, exact: Update) -> Tensor:
+        """B' of the module's formula, (m, r)."""
+        A = mean.A
+        gram = A @ A.T
+        seen = exact.B @ (exact.A @ A.T) if isinstance(exact, LowRank) else exact @ A.T
+        c = max(self.ridge * float(gram.trace()) / len(A), torch.finfo(gram.dtype).tiny)
+        penalty = c * torch.eye(len(A), dtype=gram.dtype)
+        return mean.B + torch.linalg.solve(gram + penalty, (seen - mean.B @ gram).T).T

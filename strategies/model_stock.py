@@ -9,26 +9,34 @@ updates would have turned the sign. Norms never enter, so small updates are no s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
-from strategies.base import Declaration
-from strategies.inner_products import FromInnerProducts, cosines
+from adapters.adapter import Adapter
+from strategies.base import Declaration, Draw, Strategy, Update
+from strategies.norms import Scope, combination, inverse, lengths, norms_of
 
 
-class ModelStock(FromInnerProducts):
+class ModelStock(Strategy):
     """The mean, shortened by how much the updates disagree."""
 
     name: ClassVar[str] = "model_stock"
-    declared: ClassVar = Declaration(space="gram", paper="arXiv 2403.19522")
+    declared: ClassVar = Declaration(space="gram", paper="arXiv 2403.19522", streams=True)
+    scope: Scope = "layer"  # what counts as one vector
 
-    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
-        """See ``FromInnerProducts.coefficients``."""
-        k = len(weights)
-        if k == 1:
-            return weights
-        cosine = cosines(products)
-        c = float((cosine.sum() - cosine.diagonal().sum()) / (k * (k - 1)))
-        t = k * c / (1 + (k - 1) * c) if c > 0 else 0.0
-        return weights * min(t, 1.0)
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``."""
+        w, k = torch.tensor(list(weights), dtype=torch.float64), len(weights)
+        sizes = norms_of(adapters, self.scope)
+        shares = dict.fromkeys(sizes, 1.0)
+        if k > 1:
+            units = combination(adapters, {name: inverse(size) for name, size in sizes.items()})
+            for name, length in lengths(units, self.scope).items():
+                # The square of a sum of unit vectors is how many there are, and twice every pair.
+                c = (length**2 - int((sizes[name] > 0).sum())) / (k * (k - 1))
+                shares[name] = min(k * c / (1 + (k - 1) * c), 1.0) if c > 0 else 0.0
+        return combination(adapters, {name: share * w for name, share in shares.items()})

@@ -28,7 +28,7 @@ the signal costs it much (docs/merging.md has the figures).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -38,6 +38,7 @@ from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update
 
+Factor = Literal["A", "B"]
 Shrinkage = Literal["none", "singular", "stein"]
 
 _LEAST = 1e-9
@@ -49,6 +50,7 @@ class NoiseAware(Strategy):
     name: ClassVar[str] = "noise_aware"
     declared: ClassVar = Declaration(
         space="factors",
+        streams=True,
         keeps=frozenset({"one", "equal"}),
         paper="10.1016/0197-2456(86)90046-2, 10.1109/TIT.2017.2653801",
         trains=("B", "A", "alternate"),
@@ -62,20 +64,17 @@ class NoiseAware(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError unless one factor is shared."""
         start, stds = _known(draw, adapters)
-        layers = {name: start.layers[name] for name in adapters[0].layers}
-        trained = _trained(adapters, layers)
-        moved = {
-            name: [getattr(a.layers[name], trained).double() - getattr(layer, trained).double()
-                   for a in adapters]
-            for name, layer in layers.items()
-        }  # fmt: skip
+        trained = _trained(adapters, start)
         if self.weigh:
-            weights = precision_weights(list(moved.values()), weights, stds)
+            moves = (_moved(adapter, start, trained) for adapter in adapters)
+            weights = precision_weights(moves, weights, stds)
+        sums: dict[str, Tensor] = {}
+        for adapter, a in zip(adapters, weights, strict=True):
+            _add(sums, _moved(adapter, start, trained), a)
         tau = sum((a * std) ** 2 for a, std in zip(weights, stds, strict=True)) ** 0.5
         scale, merged = start.spec.scale, {}
-        for name, layer in layers.items():
-            mean = sum(a * x for a, x in zip(weights, moved[name], strict=True))
-            assert isinstance(mean, Tensor)
+        for name, mean in sums.items():
+            layer = start.layers[name]
             factor = getattr(layer, trained).double() + shrunk(mean, tau, self.shrink)
             pair = (factor, layer.A.double()) if trained == "B" else (layer.B.double(), factor)
             merged[name] = LowRank(pair[0] * scale, pair[1])
@@ -83,16 +82,17 @@ class NoiseAware(Strategy):
 
 
 def precision_weights(
-    moved: Sequence[Sequence[Tensor]], weights: Sequence[float], stds: Sequence[float]
+    moves: Iterable[Mapping[str, Tensor]], weights: Sequence[float], stds: Sequence[float]
 ) -> list[float]:
-    """a_k of the module's formula, with one v for all layers; ``moved`` is by layer, hospital.
+    """a_k of the module's formula, with one v for all layers.
 
-    ``stds`` are the tau_k. Without any noise, ``weights`` as they are.
+    ``moves`` are the X_k of one hospital after the other, by layer; ``stds`` the tau_k. Without any
+    noise, ``weights`` as they are.
     """
     if len(stds) == 1 or not any(stds):
         return list(weights)
     noise = [std**2 for std in stds]
-    between = _between(moved, _inverse(weights, noise), noise)
+    between = _between(moves, _inverse(weights, noise), noise)
     return _inverse(weights, [variance + between for variance in noise])
 
 
@@ -104,22 +104,29 @@ def _inverse(weights: Sequence[float], variances: Sequence[float]) -> list[float
 
 
 def _between(
-    moved: Sequence[Sequence[Tensor]], weights: Sequence[float], noise: Sequence[float]
+    moves: Iterable[Mapping[str, Tensor]], weights: Sequence[float], noise: Sequence[float]
 ) -> float:
     """v: variance per entry between hospitals' signals; unbiased but for being cut at 0.
 
     For any weights p that sum to one, and X = sum_k p_k X_k, every entry adds on average
-    sum_k p_k (1 - p_k) (tau_k^2 + v) to sum_k p_k ||X_k - X||^2.
+    sum_k p_k (1 - p_k) (tau_k^2 + v) to sum_k p_k ||X_k - X||^2 = sum_k p_k ||X_k||^2 - ||X||^2.
     """
-    spread, count = 0.0, 0
-    for parts in moved:
-        mean = sum(p * x for p, x in zip(weights, parts, strict=True))
-        count += parts[0].numel()
-        for p, x in zip(weights, parts, strict=True):
-            spread += p * float((x - mean).square().sum())
+    means: dict[str, Tensor] = {}
+    spread = 0.0
+    for p, own in zip(weights, moves, strict=True):
+        _add(means, own, p)
+        spread += p * sum(float(x.square().sum()) for x in own.values())
+    spread -= sum(float(mean.square().sum()) for mean in means.values())
+    count = sum(mean.numel() for mean in means.values())
     shares = [p * (1 - p) for p in weights]
     expected = sum(s * variance for s, variance in zip(shares, noise, strict=True))
     return max(0.0, (spread / count - expected) / sum(shares))
+
+
+def _add(sums: dict[str, Tensor], parts: Mapping[str, Tensor], weight: float) -> None:
+    for name, part in parts.items():
+        own = weight * part
+        sums[name] = sums[name] + own if name in sums else own
 
 
 def shrunk(X: Tensor, tau: float, how: Shrinkage) -> Tensor:
@@ -145,15 +152,28 @@ def _known(draw: Draw, adapters: Sequence[Adapter]) -> tuple[Adapter, Sequence[f
     return draw.noise.start, draw.noise.stds
 
 
-def _trained(adapters: Sequence[Adapter], start: Mapping[str, LowRank]) -> Literal["A", "B"]:
+def _trained(adapters: Iterable[Adapter], start: Adapter) -> Factor:
     """The factor that hospitals trained: the other is as it was sent."""
-    for frozen, trained in (("A", "B"), ("B", "A")):
-        if all(
-            getattr(a.layers[name], frozen).equal(getattr(layer, frozen))
-            for a in adapters
-            for name, layer in start.items()
-        ):
-            return trained  # type: ignore[return-value]
-    raise MergeError(
-        "noise_aware needs one rank, and a factor that every hospital left as it was sent"
-    )
+    frozen: set[Factor] = {"A", "B"}
+    for adapter in adapters:
+        frozen = {
+            factor
+            for factor in frozen
+            if all(
+                getattr(layer, factor).equal(getattr(start.layers[name], factor))
+                for name, layer in adapter.layers.items()
+            )
+        }
+    if not frozen:
+        raise MergeError(
+            "noise_aware needs one rank, and a factor that every hospital left as it was sent"
+        )
+    return "B" if "A" in frozen else "A"
+
+
+def _moved(adapter: Adapter, start: Adapter, trained: Factor) -> dict[str, Tensor]:
+    """X_k of one hospital by layer, float64."""
+    return {
+        name: getattr(layer, trained).double() - getattr(start.layers[name], trained).double()
+        for name, layer in adapter.layers.items()
+    }

@@ -9,25 +9,32 @@ bound. So where at least half learned nothing, nothing is merged.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from strategies.base import Declaration
-from strategies.inner_products import FromInnerProducts, norms
+from adapters.adapter import Adapter
+from strategies.base import Declaration, Draw, Strategy, Update
+from strategies.norms import Scope, combination, inverse, norms_of
 
 
-class NormBound(FromInnerProducts):
+class NormBound(Strategy):
     """Mean of updates that are no longer than a multiple of the median norm."""
 
     name: ClassVar[str] = "norm_bound"
-    declared: ClassVar = Declaration(space="gram", paper="arXiv 1911.07963")
+    declared: ClassVar = Declaration(space="gram", paper="arXiv 1911.07963", streams=True)
     multiple: Annotated[float, Field(ge=1, le=100)] = 1.0  # of the median norm
+    scope: Scope = "layer"  # what counts as one vector
 
-    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
-        """See ``FromInnerProducts.coefficients``."""
-        size = norms(products)
-        bound = self.multiple * size.median()
-        return weights * torch.where(size > bound, bound / size.clamp(min=1e-300), 1.0)
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``."""
+        w = torch.tensor(list(weights), dtype=torch.float64)
+        coefficients = {}
+        for name, size in norms_of(adapters, self.scope).items():
+            bound = self.multiple * size.median()
+            coefficients[name] = w * torch.where(size > bound, bound * inverse(size), 1.0)
+        return combination(adapters, coefficients)

@@ -7,28 +7,38 @@ This is what the library mergekit calls multi-SLERP. Opposed directions that can
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from strategies.base import Declaration
-from strategies.inner_products import FromInnerProducts, cosines, norms
+from adapters.adapter import Adapter
+from strategies.base import Declaration, Draw, Strategy, Update
+from strategies.norms import Scope, combination, inverse, lengths, norms_of
 
-_BALANCED = 1e-6
+_BALANCED = 1e-6  # length of a mean of unit vectors that cancel
 
 
-class NormWeighted(FromInnerProducts):
+class NormWeighted(Strategy):
     """Normalised mean of unit directions, times the mean norm."""
 
     name: ClassVar[str] = "norm_weighted"
-    declared: ClassVar = Declaration(space="gram", paper="mergekit multislerp")
+    declared: ClassVar = Declaration(space="gram", paper="mergekit multislerp", streams=True)
+    scope: Scope = "layer"  # what counts as one vector
 
-    def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
-        """See ``FromInnerProducts.coefficients``."""
-        size, cosine = norms(products), cosines(products)
-        length = float((weights @ cosine @ weights).clamp(min=0).sqrt())
-        if length < _BALANCED:
-            return weights
-        directions = torch.where(size > 0, weights / size.clamp(min=1e-300), 0.0)
-        return float(weights @ size) / length * directions
+    def combine(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
+    ) -> Mapping[str, Update]:
+        """See ``Strategy.combine``."""
+        w = torch.tensor(list(weights), dtype=torch.float64)
+        sizes = norms_of(adapters, self.scope)
+        merged = combination(adapters, {name: w * inverse(size) for name, size in sizes.items()})
+        found = lengths(merged, self.scope)
+        balanced = [name for name, length in found.items() if length < _BALANCED]
+        means = combination(adapters, dict.fromkeys(sizes, w)) if balanced else {}
+        for name, size in sizes.items():
+            if name in balanced:
+                merged[name] = means[name]
+            else:
+                merged[name] = merged[name] * (float(w @ size) / found[name])
+        return merged

@@ -25,15 +25,8 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
-from strategies.base import (
-    Declaration,
-    Draw,
-    MergeError,
-    Strategy,
-    Update,
-    mean_under_shared,
-    statistics_of,
-)
+from strategies.base import Declaration, Draw, MergeError, Strategy, Update, statistics_of
+from strategies.sums import FactorSums
 
 
 class RegMean(Strategy):
@@ -43,6 +36,7 @@ class RegMean(Strategy):
     declared: ClassVar = Declaration(
         space="factors",
         paper="arXiv 2212.09849",
+        streams=True,
         keeps=frozenset({"one", "equal", "scale"}),  # the ridge is on the scale of A
         trains=("B", "core"),
         statistics="gram",
@@ -53,37 +47,32 @@ class RegMean(Strategy):
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError when the A differ, or without G."""
-        means = mean_under_shared(adapters, weights, "A")
+        factors = FactorSums()
+        totals: dict[str, Tensor] = {}  # T
+        pulls: dict[str, Tensor] = {}  # sum_k w_k B_k G_k
+        for adapter, w in zip(adapters, weights, strict=True):
+            factors.add(adapter, w)
+            grams = statistics_of(adapter, adapter.layers)
+            for name, layer in adapter.layers.items():
+                G = w * semidefinite(grams[name])
+                B = layer.B.double() * adapter.spec.scale
+                totals[name] = totals[name] + G if name in totals else G
+                pulls[name] = pulls[name] + B @ G if name in pulls else B @ G
+        means = factors.under_shared("A")
         if means is None:
             raise MergeError("regmean needs the same A in all")
-        grams = statistics_of(adapters, means)
-        scale = adapters[0].spec.scale
-        merged = {}
-        for name, mean in means.items():
-            own = [semidefinite(statistics[name]) for statistics in grams]
-            factors = [adapter.layers[name].B.double() * scale for adapter in adapters]
-            B = least_squares(factors, own, weights, mean.B, self.ridge)
-            merged[name] = LowRank(B, mean.A)
-        return merged
+        return {
+            name: LowRank(self._least_squares(mean.B, pulls[name], totals[name]), mean.A)
+            for name, mean in means.items()
+        }
+
+    def _least_squares(self, mean: Tensor, pull: Tensor, total: Tensor) -> Tensor:
+        """B (m, r) of the module's formula; directions of z that nobody has seen keep the mean."""
+        ridge = self.ridge * total.trace() / len(total) * torch.eye(len(total), dtype=total.dtype)
+        return mean + (pull - mean @ total) @ torch.linalg.pinv(total + ridge, hermitian=True)
 
 
 def semidefinite(gram: Tensor) -> Tensor:
     """The nearest positive semidefinite matrix in Frobenius norm: negative eigenvalues become 0."""
     values, vectors = torch.linalg.eigh(gram)
     return (vectors * values.clamp(min=0)) @ vectors.T
-
-
-def least_squares(
-    factors: Sequence[Tensor],
-    grams: Sequence[Tensor],
-    weights: Sequence[float],
-    mean: Tensor,
-    ridge: float,
-) -> Tensor:
-    """B (m, r) of the module's formula; directions of z that no hospital has seen keep the mean."""
-    total, pull = torch.zeros_like(grams[0]), torch.zeros_like(mean)
-    for B, G, w in zip(factors, grams, weights, strict=True):
-        total += w * G
-        pull += w * (B - mean) @ G
-    total += ridge * total.trace() / len(total) * torch.eye(len(total), dtype=total.dtype)
-    return mean + pull @ torch.linalg.pinv(total, hermitian=True)

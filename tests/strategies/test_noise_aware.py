@@ -68,8 +68,7 @@ def test_hospitals_that_agree_count_by_what_their_noise_leaves_certain() -> None
 
 
 def test_hospitals_that_differ_much_count_as_they_are_given() -> None:
-    parts = [[s[n] for s in (signal(k, 10.0) for k in range(3))] for n in SHAPES]
-    found = precision_weights(parts, [0.5, 0.3, 0.2], [0.1, 0.2, 0.3])
+    found = precision_weights([signal(k, 10.0) for k in range(3)], [0.5, 0.3, 0.2], [0.1, 0.2, 0.3])
     assert found == pytest.approx([0.5, 0.3, 0.2], rel=2e-3)
 
 
@@ -81,7 +80,7 @@ def test_the_weights_follow_from_the_variance_between_hospitals(between: float) 
     common = torch.randn(40_000, generator=g)
     parts = [common + (between + std**2) ** 0.5 * torch.randn(40_000, generator=g) for std in stds]
     wanted = [w / (between + std**2) for w, std in zip(weights, stds, strict=True)]
-    found = precision_weights([parts], weights, stds)
+    found = precision_weights([{"q": part} for part in parts], weights, stds)
     assert found == pytest.approx([w / sum(wanted) for w in wanted], rel=0.1)
 
 

@@ -43,7 +43,7 @@ def solved(A: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.lstsq(x @ A.T, y / SPEC.scale).solution.T
 
 
-def hospitals() -> list[Adapter]:
+def hospitals() -> list[MeasuredAdapter]:
     """Each with its own least squares, and the Gram matrix of its data; float64."""
     A, seen = data()
     made = []
@@ -198,7 +198,8 @@ def test_an_adapter_without_statistics_cannot_be_merged(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["regmean", "fisher"])
 def test_adapters_that_share_no_factor_cannot_be_merged(name: str) -> None:
-    one, two, three = hospitals()
+    fisher = {f"{n}.lora_B.weight": torch.ones(m, 3) for n, (m, _) in SHAPES.items()}
+    one, two, three = (replace(a, statistics={**a.statistics, **fisher}) for a in hospitals())
     turned = replace(two, layers={n: LowRank(x.B, -x.A) for n, x in two.layers.items()})
     with pytest.raises(MergeError, match=f"{name} needs the same A in all"):
         merge(create(name), [one, turned, three], WEIGHTS)

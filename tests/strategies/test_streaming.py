@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,28 +14,43 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, gram
-from strategies.base import Draw, deltas, factor_means, product_means
+from adapters.statistics import MeasuredAdapter
+from strategies.base import Draw, Noise, deltas, product_means
 from strategies.inner_products import cosines
 from strategies.merging import merge
 from strategies.registry import OURS, create
 from strategies.streaming import Streaming
 from strategies.sums import ProductSum, ProductSums
+from tests.strategies.definitions import merged
 
 SHAPES = {"layers.0.q": (24, 20), "layers.1.v": (12, 20)}
 STREAMING = [kind.name for kind in OURS if kind.declared.streams]
-SHARED = ("ffa", "fedsvd", "rolora")
+SHARED = ("ffa", "fedsvd", "rolora", "regmean", "fisher", "noise_aware")  # one A in all
 
 
 def hospital(k: int, shared: bool, rank: int = 3) -> Adapter:
-    """The k-th of any number of hospitals: always the same one. B has something in common."""
+    """The k-th of any number of hospitals: always the same one. They have something in common."""
     g = torch.Generator().manual_seed(k)
     common = torch.Generator().manual_seed(999)
     layers = {}
     for n, (m, w) in SHAPES.items():
         B, A = torch.randn(m, rank, generator=common), torch.randn(rank, w, generator=common)
         own = torch.randn(rank, w, generator=g)
-        layers[n] = LowRank(B + torch.randn(m, rank, generator=g), A if shared else own)
-    return Adapter(AdapterSpec(rank, 4.2, ("q", "v")), layers)  # a scale that float32 would round
+        layers[n] = LowRank(B + torch.randn(m, rank, generator=g), A if shared else A + own)
+    root = torch.randn(rank, 2 * rank, generator=g)
+    measured = dict.fromkeys(SHAPES, root @ root.T)
+    for n, (m, _) in SHAPES.items():
+        measured[f"{n}.lora_B.weight"] = torch.rand(m, rank, generator=g)
+    spec = AdapterSpec(rank, 4.2, ("q", "v"))  # a scale that float32 would round
+    return MeasuredAdapter(spec, layers, measured)
+
+
+def drawn(name: str, count: int) -> Draw:
+    """Where it is asked for, noise of three sizes in turn on a move from no hospital's adapter."""
+    if not create(name).needs_noise:
+        return Draw()
+    stds = [(0.3, 1.0, 2.0)[k % 3] for k in range(count)]
+    return Draw(noise=Noise(hospital(10**6, True), tuple(stds)))
 
 
 class Loaded(Sequence[Adapter]):
@@ -71,34 +87,10 @@ def gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((one[n] - other[n]).square().sum()) for n in other)) / size
 
 
-def all_at_once(name: str, adapters: list[Adapter], weights: list[float]) -> dict[str, Tensor]:
-    """The definitions, from all inner products, with no sum that runs."""
-    if name == "fedavg":
-        return dense(factor_means(adapters, weights))
-    if name in ("product_mean", *SHARED):
-        return dense(product_means(adapters, weights))
-    if name == "task_arithmetic":
-        return dense(product_means(adapters, [0.4 * len(adapters) * w for w in weights]))
-    if name == "hetlora":
-        return {n: padded_mean(parts, weights) for n, parts in deltas(adapters).items()}
-    raise AssertionError(name)
-
-
-def padded_mean(parts: list[LowRank], weights: list[float]) -> Tensor:
-    """Mean of B times mean of A, both filled with zeros, by the norms of the products."""
-    sizes = [w * float(p.dense().norm()) for w, p in zip(weights, parts, strict=True)]
-    shares = [size / sum(sizes) for size in sizes]
-    rank = max(p.rank for p in parts)
-    B = [torch.nn.functional.pad(p.B, (0, rank - p.rank)) for p in parts]
-    A = [torch.nn.functional.pad(p.A, (0, 0, 0, rank - p.rank)) for p in parts]
-    mean_B = sum(s * b for s, b in zip(shares, B, strict=True))
-    mean_A = sum(s * a for s, a in zip(shares, A, strict=True))
-    return mean_B @ mean_A
-
-
 def test_which_strategies_stream() -> None:
     assert set(STREAMING) == {
-        "product_mean", "fedavg", "ffa", "rolora", "fedsvd", "task_arithmetic", "hetlora",
+        "product_mean", "fedavg", "ffa", "rolora", "fedsvd", "hetlora", "lora_fair", "noise_aware",
+        "task_arithmetic", "norm_weighted", "model_stock", "norm_bound", "fisher", "regmean",
     }  # fmt: skip
     assert all(kind.declared.streams for kind in OURS if issubclass(kind, Streaming))
 
@@ -108,24 +100,26 @@ def test_which_strategies_stream() -> None:
 def test_one_at_a_time_is_all_at_once(name: str, count: int) -> None:
     shared = name in SHARED
     adapters = [hospital(k, shared) for k in range(count)]
-    w = uneven(count)
-    found = dense(create(name).combine(adapters, w, Draw()))
-    assert gap(found, all_at_once(name, adapters, w)) < 1e-12
+    w, draw = uneven(count), drawn(name, count)
+    found = dense(create(name).combine(adapters, w, draw))
+    assert gap(found, merged(name, adapters, w, draw)) < 1e-12
 
 
-@pytest.mark.parametrize("name", [n for n in STREAMING if n not in (*SHARED, "fedavg")])
+@pytest.mark.parametrize(
+    "name", [n for n in STREAMING if n not in (*SHARED, "fedavg", "lora_fair")]
+)
 def test_ranks_may_differ_from_hospital_to_hospital(name: str) -> None:
     adapters = list(Loaded(30, False, ranks=(1, 4, 2)))
     w = uneven(30)
     found = dense(create(name).combine(adapters, w, Draw()))
-    assert gap(found, all_at_once(name, adapters, w)) < 1e-12
+    assert gap(found, merged(name, adapters, w, Draw())) < 1e-12
     assert merge(create(name), adapters, w, rank=5).discrepancy is None
 
 
 @pytest.mark.parametrize("name", STREAMING)
 def test_no_more_than_two_hospitals_are_held_at_once(name: str) -> None:
     loaded = Loaded(25, name in SHARED)
-    merge(create(name), loaded, [1 / 25] * 25)
+    merge(create(name), loaded, [1 / 25] * 25, drawn(name, 25))
     assert loaded.most <= 2
 
 
@@ -194,12 +188,12 @@ def test_a_sum_is_given_away_once_and_begins_anew() -> None:
 def test_the_figures_are_those_of_all_pairs(count: int) -> None:
     adapters = [hospital(k, False) for k in range(count)]
     zero = {n: LowRank(x.B * 0, x.A) for n, x in adapters[0].layers.items()}
-    adapters.append(Adapter(adapters[0].spec, zero))  # which has no direction
+    adapters.append(replace(adapters[0], layers=zero))  # which has no direction
     w = uneven(count + 1)
     total = torch.stack([gram(parts) for parts in deltas(adapters).values()]).sum(0)
     cosine = cosines(total)[:count, :count]
     pairs = torch.ones_like(cosine).triu(1) > 0
-    mean, naive = dense(product_means(adapters, w)), dense(factor_means(adapters, w))
+    mean, naive = (merged(name, adapters, w, Draw()) for name in ("product_mean", "fedavg"))
     for name in ("product_mean", "fedavg"):  # one is the exact mean, the other is not
         found = merge(create(name), adapters, w, rank=12)
         assert found.mean_cosine == pytest.approx(float(cosine[pairs].mean()), abs=1e-12)
