@@ -18,12 +18,11 @@ from strategies.base import Declaration, Draw, Strategy, Update
 from strategies.entries import (
     Agreeing,
     Density,
-    dense,
+    dense_layers,
     densities,
     elected,
     fused,
     row_ranks,
-    scaled,
 )
 
 
@@ -56,11 +55,11 @@ class Breadcrumbs(Strategy):
         """See ``Strategy.combine``. Raises MergeError with densities for another number."""
         shares = densities(self.density, len(adapters))
         merged = {}
-        for name, own in dense(adapters).items():
+        for name, own in dense_layers(adapters):
             kept = [self._middle(d, share) for d, share in zip(own, shares, strict=True)]
             signs = elected(kept, weights, "weighted") if self.elect else None
-            merged[name] = fused(kept, weights, signs, self.agreeing)
-        return scaled(merged, self.strength)
+            merged[name] = self.strength * fused(kept, weights, signs, self.agreeing)
+        return merged
 
     def _middle(self, update: Tensor, density: float) -> Tensor:
         n = update.shape[1]

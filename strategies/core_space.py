@@ -25,7 +25,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Declaration, Draw, Strategy, Update, deltas
-from strategies.entries import elected, fused, trimmed
+from strategies.entries import elected, fused, least_kept, trimmed
 
 _NOTHING = 1e-6  # singular value, relative to the largest, of a direction that nobody has
 
@@ -112,7 +112,7 @@ class CoreTies(InCore):
 
     def merge_core(self, core: Core, weights: list[float]) -> Tensor:
         """See ``InCore.merge_core``."""
-        kept = trimmed({"": core.cores}, self.density, "layer")[""]
+        kept = [trimmed(core, least_kept([core], self.density)) for core in core.cores]
         return fused(kept, weights, elected(kept, weights, self.election))
 
 
@@ -178,7 +178,7 @@ class Knots(InCore):
         beside = torch.cat(core.cores, 1)
         U = svd(LowRank(torch.eye(len(beside), dtype=beside.dtype), beside)).U
         aligned = [U.T @ own @ core.V for own in core.cores]
-        kept = trimmed({"": aligned}, self.density, "layer")[""]
+        kept = [trimmed(d, least_kept([d], self.density)) for d in aligned]
         return U @ fused(kept, weights, elected(kept, weights, "weighted")) @ core.V.T
 
 

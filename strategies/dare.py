@@ -19,13 +19,12 @@ from strategies.base import Declaration, Draw, Strategy, Update
 from strategies.entries import (
     Agreeing,
     Density,
-    dense,
+    dense_layers,
     densities,
     dropped,
     elected,
     fused,
     row_ranks,
-    scaled,
 )
 
 
@@ -48,14 +47,14 @@ class Dare(Strategy):
         shares = densities(self.density, len(adapters))
         marks = [adapter.fingerprint() for adapter in adapters]
         merged = {}
-        for name, own in dense(adapters).items():
+        for name, own in dense_layers(adapters):
             kept = [
                 dropped(d, self.keep(d, share), draw.of(f"{name}:{mark}"))
                 for d, mark, share in zip(own, marks, shares, strict=True)
             ]
             signs = elected(kept, weights, "weighted") if self.elect else None
-            merged[name] = fused(kept, weights, signs, self.agreeing)
-        return scaled(merged, self.strength)
+            merged[name] = self.strength * fused(kept, weights, signs, self.agreeing)
+        return merged
 
     def keep(self, update: Tensor, density: float) -> Tensor | float:
         """Probability that an entry is kept: one number, or one for each entry (m, n)."""

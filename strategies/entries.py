@@ -9,7 +9,7 @@ Entries depend on the products B A only, never on how they are factorised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from strategies.base import MergeError, deltas
 
-Dense = dict[str, list[Tensor]]  # by layer, the dense updates (m, n) of all hospitals
 Agreeing = Literal["mean", "sum"]  # of the entries that have the elected sign
 PerAdapter = float | tuple[float, ...]  # one number for all, or one for each in their order
 
@@ -50,30 +49,25 @@ def densities(density: PerAdapter, count: int | None = None) -> tuple[float, ...
     return density
 
 
-def dense(adapters: Sequence[Adapter]) -> Dense:
-    """dW of every layer and hospital, float64."""
-    return {name: [part.dense() for part in parts] for name, parts in deltas(adapters).items()}
+def dense_layers(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[Tensor]]]:
+    """dW of all hospitals, float64, of one layer after the other: no more is dense at a time."""
+    for name, parts in deltas(adapters).items():
+        yield name, [part.dense() for part in parts]
 
 
-def trimmed(updates: Dense, density: PerAdapter, scope: Literal["layer", "model"]) -> Dense:
-    """Each hospital's largest entries, ``density`` of them over a layer or over the whole model.
+def least_kept(updates: Iterable[Tensor], density: float) -> Tensor:
+    """The smallest magnitude among the largest ``density`` of all entries of these tensors.
 
-    At least one entry is kept; of equal ones at the threshold, all are. Raises MergeError when
-    there are densities for another number of hospitals.
+    There is at least one; of equal ones at that magnitude all count.
     """
-    hospitals = range(len(next(iter(updates.values()))))
-    limits: dict[tuple[str, int], Tensor] = {}
-    for k, share in enumerate(densities(density, len(hospitals))):
-        if scope == "model":
-            limit = _threshold(torch.cat([u[k].abs().flatten() for u in updates.values()]), share)
-            limits |= {(name, k): limit for name in updates}
-        else:
-            for name, own in updates.items():
-                limits[name, k] = _threshold(own[k].abs().flatten(), share)
-    return {
-        name: [torch.where(d.abs() >= limits[name, k], d, 0.0) for k, d in enumerate(own)]
-        for name, own in updates.items()
-    }
+    magnitudes = torch.cat([update.abs().flatten() for update in updates])
+    count = max(1, round(density * magnitudes.numel()))
+    return magnitudes.kthvalue(magnitudes.numel() - count + 1).values
+
+
+def trimmed(update: Tensor, least: Tensor) -> Tensor:
+    """The entries of at least that magnitude, the others zero."""
+    return torch.where(update.abs() >= least, update, 0.0)
 
 
 def row_ranks(update: Tensor) -> Tensor:
@@ -119,13 +113,3 @@ def fused(
     if agreeing == "sum":
         return total
     return torch.where(weight > 0, total / weight.clamp(min=1e-300), 0.0)
-
-
-def scaled(updates: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Every update times ``factor``."""
-    return {name: update * factor for name, update in updates.items()}
-
-
-def _threshold(magnitudes: Tensor, density: float) -> Tensor:
-    count = max(1, round(density * magnitudes.numel()))
-    return magnitudes.kthvalue(magnitudes.numel() - count + 1).values

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update
-from strategies.entries import dense
+from strategies.entries import dense_layers
 
 
 class Median(Strategy):
@@ -42,9 +42,7 @@ class Median(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with fewer than three hospitals."""
         self.require_count(len(adapters))
-        return {
-            name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense(adapters).items()
-        }
+        return {name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense_layers(adapters)}
 
 
 class TrimmedMean(Strategy):
@@ -73,5 +71,5 @@ class TrimmedMean(Strategy):
         self.require_count(k)
         return {
             name: torch.stack(own).sort(0).values[f : k - f].mean(0)
-            for name, own in dense(adapters).items()
+            for name, own in dense_layers(adapters)
         }

@@ -10,10 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from adapters.adapter import Adapter
-from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.entries import Agreeing, Density, dense, elected, fused, scaled, trimmed
+from strategies.base import Declaration, Draw, Strategy, Update, deltas
+from strategies.entries import (
+    Agreeing,
+    Density,
+    dense_layers,
+    densities,
+    elected,
+    fused,
+    least_kept,
+    trimmed,
+)
 
 
 class Ties(Strategy):
@@ -33,9 +43,21 @@ class Ties(Strategy):
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with densities for another number."""
-        kept = trimmed(dense(adapters), self.density, self.scope)
-        merged = {
-            name: fused(own, weights, elected(own, weights, self.election), self.agreeing)
-            for name, own in kept.items()
-        }
-        return scaled(merged, self.strength)
+        shares = densities(self.density, len(adapters))
+        whole = self._least_of_models(adapters, shares) if self.scope == "model" else None
+        merged = {}
+        for name, own in dense_layers(adapters):
+            least = whole or [least_kept([d], s) for d, s in zip(own, shares, strict=True)]
+            kept = [trimmed(d, limit) for d, limit in zip(own, least, strict=True)]
+            signs = elected(kept, weights, self.election)
+            merged[name] = self.strength * fused(kept, weights, signs, self.agreeing)
+        return merged
+
+    def _least_of_models(
+        self, adapters: Sequence[Adapter], shares: Sequence[float]
+    ) -> list[Tensor]:
+        """The magnitude from which on entries are kept, of each hospital over all layers."""
+        return [
+            least_kept((update.dense() for (update,) in deltas([adapter]).values()), share)
+            for adapter, share in zip(adapters, shares, strict=True)
+        ]
