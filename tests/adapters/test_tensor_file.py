@@ -34,6 +34,17 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert load_file(tmp_path / "t.safetensors")["a"].equal(tensors["a"])
 
 
+@pytest.mark.parametrize("written_before", [False, True])
+def test_it_is_as_readable_as_other_files(tmp_path: Path, written_before: bool) -> None:
+    file, other = tmp_path / "t.safetensors", tmp_path / "other"
+    other.touch()
+    if written_before:
+        file.touch(mode=0o640)
+    write_tensors({"a": torch.zeros(2)}, file)
+    expected = 0o640 if written_before else other.stat().st_mode & 0o777
+    assert file.stat().st_mode & 0o777 == expected
+
+
 def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     with (
