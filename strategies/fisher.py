@@ -21,7 +21,7 @@ from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
 from adapters.statistics import MeasuredAdapter
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update, statistics_of
-from strategies.sums import FactorSums
+from strategies.sums import FactorSums, accumulate
 
 Factor = Literal["A", "B"]
 
@@ -48,20 +48,22 @@ class Fisher(Strategy):
         factors, magnitudes = FactorSums(), dict.fromkeys(adapters[0].layers, 0.0)
         for adapter, w in zip(adapters, weights, strict=True):
             factors.add(adapter, w)
-            for name, F in _information(adapter, trained).items():
-                magnitudes[name] += float(F.abs().mean()) / len(adapters)
+            for name, own in _information(adapter, trained).items():
+                magnitudes[name] += float(own.abs().mean()) / len(adapters)
         means = factors.under_shared(shared)
         if means is None:
             raise MergeError(f"fisher needs the same {shared} in all")
         totals: dict[str, Tensor] = {}  # sum_k w_k F_k
         pulls: dict[str, Tensor] = {}  # sum_k w_k F_k theta_k
         for adapter, w in zip(adapters, weights, strict=True):
-            for name, F in _information(adapter, trained).items():
-                least = self.floor * magnitudes[name] or 1.0  # nothing measured: the plain mean
-                F = w * F.clamp(min=least)
-                pull = F * getattr(adapter.layers[name], trained).double()
-                totals[name] = totals[name] + F if name in totals else F
-                pulls[name] = pulls[name] + pull if name in pulls else pull
+            F = {
+                # Where nothing was measured, the plain mean.
+                name: own.clamp(min=self.floor * magnitudes[name] or 1.0)
+                for name, own in _information(adapter, trained).items()
+            }
+            accumulate(totals, F, w)
+            pull = {n: F[n] * getattr(x, trained).double() for n, x in adapter.layers.items()}
+            accumulate(pulls, pull, w)
         scale, merged = adapters[0].spec.scale, {}
         for name, mean in means.items():
             value = pulls[name] / totals[name]

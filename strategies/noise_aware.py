@@ -37,6 +37,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update
+from strategies.sums import accumulate
 
 Factor = Literal["A", "B"]
 Shrinkage = Literal["none", "singular", "stein"]
@@ -70,7 +71,7 @@ class NoiseAware(Strategy):
             weights = precision_weights(moves, weights, stds)
         sums: dict[str, Tensor] = {}
         for adapter, a in zip(adapters, weights, strict=True):
-            _add(sums, _moved(adapter, start, trained), a)
+            accumulate(sums, _moved(adapter, start, trained), a)
         tau = sum((a * std) ** 2 for a, std in zip(weights, stds, strict=True)) ** 0.5
         scale, merged = start.spec.scale, {}
         for name, mean in sums.items():
@@ -114,19 +115,13 @@ def _between(
     means: dict[str, Tensor] = {}
     spread = 0.0
     for p, own in zip(weights, moves, strict=True):
-        _add(means, own, p)
+        accumulate(means, own, p)
         spread += p * sum(float(x.square().sum()) for x in own.values())
     spread -= sum(float(mean.square().sum()) for mean in means.values())
     count = sum(mean.numel() for mean in means.values())
     shares = [p * (1 - p) for p in weights]
     expected = sum(s * variance for s, variance in zip(shares, noise, strict=True))
     return max(0.0, (spread / count - expected) / sum(shares))
-
-
-def _add(sums: dict[str, Tensor], parts: Mapping[str, Tensor], weight: float) -> None:
-    for name, part in parts.items():
-        own = weight * part
-        sums[name] = sums[name] + own if name in sums else own
 
 
 def shrunk(X: Tensor, tau: float, how: Shrinkage) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update, statistics_of
-from strategies.sums import FactorSums
+from strategies.sums import FactorSums, accumulate
 
 
 class RegMean(Strategy):
@@ -53,11 +53,10 @@ class RegMean(Strategy):
         for adapter, w in zip(adapters, weights, strict=True):
             factors.add(adapter, w)
             grams = statistics_of(adapter, adapter.layers)
-            for name, layer in adapter.layers.items():
-                G = w * semidefinite(grams[name])
-                B = layer.B.double() * adapter.spec.scale
-                totals[name] = totals[name] + G if name in totals else G
-                pulls[name] = pulls[name] + B @ G if name in pulls else B @ G
+            grams = {name: semidefinite(gram) for name, gram in grams.items()}
+            pull = {name: layer.B.double() @ grams[name] for name, layer in adapter.layers.items()}
+            accumulate(totals, grams, w)
+            accumulate(pulls, pull, w * adapter.spec.scale)
         means = factors.under_shared("A")
         if means is None:
             raise MergeError("regmean needs the same A in all")

@@ -189,6 +189,13 @@ class FactorSums:
         return means
 
 
+def accumulate(sums: dict[str, Tensor], parts: Mapping[str, Tensor], weight: float = 1.0) -> None:
+    """Add ``weight`` times each part to the sum of its name, which the first part begins."""
+    for name, part in parts.items():
+        own = weight * part
+        sums[name] = sums[name] + own if name in sums else own
+
+
 def norm(update: Update) -> float:
     """Frobenius norm."""
     return update.norm() if isinstance(update, LowRank) else float(update.norm())
