@@ -17,10 +17,13 @@ def write_tensors(
 
     Raises OSError naming the file when the disk is full or may not be written.
     """
+    new = not file.exists()
     file.touch()
     mode = file.stat().st_mode  # the library would replace the file by one for its owner alone
     try:
         save_file(dict(tensors), file, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as problem:
+        if new:
+            file.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot be written ({problem})") from None
     file.chmod(mode)

@@ -18,7 +18,7 @@ from strategies.base import Declaration, Draw, Strategy, Update
 from strategies.entries import (
     Agreeing,
     Density,
-    dense_layers,
+    by_layer,
     densities,
     elected,
     fused,
@@ -54,12 +54,13 @@ class Breadcrumbs(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with densities for another number."""
         shares = densities(self.density, len(adapters))
-        merged = {}
-        for name, own in dense_layers(adapters):
+
+        def merge(name: str, own: list[Tensor]) -> Tensor:
             kept = [self._middle(d, share) for d, share in zip(own, shares, strict=True)]
             signs = elected(kept, weights, "weighted") if self.elect else None
-            merged[name] = self.strength * fused(kept, weights, signs, self.agreeing)
-        return merged
+            return self.strength * fused(kept, weights, signs, self.agreeing)
+
+        return by_layer(adapters, merge)
 
     def _middle(self, update: Tensor, density: float) -> Tensor:
         n = update.shape[1]

@@ -19,7 +19,7 @@ from strategies.base import Declaration, Draw, Strategy, Update
 from strategies.entries import (
     Agreeing,
     Density,
-    dense_layers,
+    by_layer,
     densities,
     dropped,
     elected,
@@ -46,15 +46,16 @@ class Dare(Strategy):
         """See ``Strategy.combine``. Raises MergeError with densities for another number."""
         shares = densities(self.density, len(adapters))
         marks = [adapter.fingerprint() for adapter in adapters]
-        merged = {}
-        for name, own in dense_layers(adapters):
+
+        def merge(name: str, own: list[Tensor]) -> Tensor:
             kept = [
                 dropped(d, self.keep(d, share), draw.of(f"{name}:{mark}"))
                 for d, mark, share in zip(own, marks, shares, strict=True)
             ]
             signs = elected(kept, weights, "weighted") if self.elect else None
-            merged[name] = self.strength * fused(kept, weights, signs, self.agreeing)
-        return merged
+            return self.strength * fused(kept, weights, signs, self.agreeing)
+
+        return by_layer(adapters, merge)
 
     def keep(self, update: Tensor, density: float) -> Tensor | float:
         """Probability that an entry is kept: one number, or one for each entry (m, n)."""

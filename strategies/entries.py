@@ -9,7 +9,7 @@ Entries depend on the products B A only, never on how they are factorised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -49,10 +49,17 @@ def densities(density: PerAdapter, count: int | None = None) -> tuple[float, ...
     return density
 
 
-def dense_layers(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[Tensor]]]:
-    """dW of all hospitals, float64, of one layer after the other: no more is dense at a time."""
-    for name, parts in deltas(adapters).items():
-        yield name, [part.dense() for part in parts]
+def by_layer(
+    adapters: Sequence[Adapter], merge: Callable[[str, list[Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """``merge`` of every layer, from its name and dW of all hospitals, dense, float64.
+
+    Of one layer after the other: what is dense at a time is one layer of all hospitals.
+    """
+    return {
+        name: merge(name, [part.dense() for part in parts])
+        for name, parts in deltas(adapters).items()
+    }
 
 
 def least_kept(updates: Iterable[Tensor], density: float) -> Tensor:

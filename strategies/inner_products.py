@@ -1,7 +1,8 @@
 """Combinations sum_k c_k dW_k whose coefficients follow from the inner products of the updates.
 
 G_ij = <dW_i, dW_j> costs r x r traces, so nothing dense is ever formed and the result is exact at
-rank sum of ranks. Means, interpolations on the sphere, Model Stock and Krum are all of this kind.
+rank sum of ranks. Interpolations on the sphere and Krum are of this kind, and with less to ask for
+what ``strategies.norms`` has.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update
-from strategies.entries import dense_layers
+from strategies.entries import by_layer
 
 
 class Median(Strategy):
@@ -42,7 +42,7 @@ class Median(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError with fewer than three hospitals."""
         self.require_count(len(adapters))
-        return {name: torch.stack(own).quantile(0.5, dim=0) for name, own in dense_layers(adapters)}
+        return by_layer(adapters, lambda _, own: torch.stack(own).quantile(0.5, dim=0))
 
 
 class TrimmedMean(Strategy):
@@ -69,7 +69,4 @@ class TrimmedMean(Strategy):
         """See ``Strategy.combine``. Raises MergeError with too few hospitals."""
         k, f = len(adapters), self.liars
         self.require_count(k)
-        return {
-            name: torch.stack(own).sort(0).values[f : k - f].mean(0)
-            for name, own in dense_layers(adapters)
-        }
+        return by_layer(adapters, lambda _, own: torch.stack(own).sort(0).values[f : k - f].mean(0))

@@ -9,34 +9,33 @@ updates would have turned the sign. Norms never enter, so small updates are no s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from adapters.adapter import Adapter
-from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.norms import Scope, combination, inverse, lengths, norms_of
+from strategies.base import Declaration
+from strategies.norms import FromNorms
+
+_ROUNDING = 1e-12  # cosine that rounding may leave of none
 
 
-class ModelStock(Strategy):
+class ModelStock(FromNorms):
     """The mean, shortened by how much the updates disagree."""
 
     name: ClassVar[str] = "model_stock"
     declared: ClassVar = Declaration(space="gram", paper="arXiv 2403.19522", streams=True)
-    scope: Scope = "layer"  # what counts as one vector
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
-        w, k = torch.tensor(list(weights), dtype=torch.float64), len(weights)
-        sizes = norms_of(adapters, self.scope)
-        shares = dict.fromkeys(sizes, 1.0)
-        if k > 1:
-            units = combination(adapters, {name: inverse(size) for name, size in sizes.items()})
-            for name, length in lengths(units, self.scope).items():
-                # The square of a sum of unit vectors is how many there are, and twice every pair.
-                c = (length**2 - int((sizes[name] > 0).sum())) / (k * (k - 1))
-                shares[name] = min(k * c / (1 + (k - 1) * c), 1.0) if c > 0 else 0.0
-        return combination(adapters, {name: share * w for name, share in shares.items()})
+    def directions(self, weights: Tensor) -> Tensor:
+        """See ``FromNorms.directions``: their sum."""
+        return torch.ones_like(weights)
+
+    def from_norms(self, sizes: Tensor, length: float, weights: Tensor) -> Tensor:
+        """See ``FromNorms.from_norms``."""
+        k, learned = len(weights), int((sizes > 0).sum())
+        if k == 1:
+            return weights
+        # The square of a sum of unit vectors: how many they are, and twice the cosine of each pair.
+        c = (length**2 - learned) / (k * (k - 1))
+        t = k * c / (1 + (k - 1) * c) if c > _ROUNDING else 0.0
+        return weights * min(t, 1.0)

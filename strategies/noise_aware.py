@@ -110,13 +110,16 @@ def _between(
     """v: variance per entry between hospitals' signals; unbiased but for being cut at 0.
 
     For any weights p that sum to one, and X = sum_k p_k X_k, every entry adds on average
-    sum_k p_k (1 - p_k) (tau_k^2 + v) to sum_k p_k ||X_k - X||^2 = sum_k p_k ||X_k||^2 - ||X||^2.
+    sum_k p_k (1 - p_k) (tau_k^2 + v) to sum_k p_k ||X_k - X||^2, which is also
+    sum_k p_k ||X_k - X_1||^2 - ||X - X_1||^2.
     """
     means: dict[str, Tensor] = {}
-    spread = 0.0
+    spread, origin = 0.0, None
     for p, own in zip(weights, moves, strict=True):
-        accumulate(means, own, p)
-        spread += p * sum(float(x.square().sum()) for x in own.values())
+        origin = own if origin is None else origin  # without it what they share would cancel
+        apart = {name: x - origin[name] for name, x in own.items()}
+        accumulate(means, apart, p)
+        spread += p * sum(float(x.square().sum()) for x in apart.values())
     spread -= sum(float(mean.square().sum()) for mean in means.values())
     count = sum(mean.numel() for mean in means.values())
     shares = [p * (1 - p) for p in weights]

@@ -9,32 +9,24 @@ bound. So where at least half learned nothing, nothing is merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from adapters.adapter import Adapter
-from strategies.base import Declaration, Draw, Strategy, Update
-from strategies.norms import Scope, combination, inverse, norms_of
+from strategies.base import Declaration
+from strategies.norms import FromNorms
 
 
-class NormBound(Strategy):
+class NormBound(FromNorms):
     """Mean of updates that are no longer than a multiple of the median norm."""
 
     name: ClassVar[str] = "norm_bound"
     declared: ClassVar = Declaration(space="gram", paper="arXiv 1911.07963", streams=True)
     multiple: Annotated[float, Field(ge=1, le=100)] = 1.0  # of the median norm
-    scope: Scope = "layer"  # what counts as one vector
 
-    def combine(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
-    ) -> Mapping[str, Update]:
-        """See ``Strategy.combine``."""
-        w = torch.tensor(list(weights), dtype=torch.float64)
-        coefficients = {}
-        for name, size in norms_of(adapters, self.scope).items():
-            bound = self.multiple * size.median()
-            coefficients[name] = w * torch.where(size > bound, bound * inverse(size), 1.0)
-        return combination(adapters, coefficients)
+    def from_norms(self, sizes: Tensor, length: float, weights: Tensor) -> Tensor:
+        """See ``FromNorms.from_norms``."""
+        bound = self.multiple * sizes.median()
+        return weights * torch.where(sizes > bound, bound / sizes.clamp(min=1e-300), 1.0)

@@ -98,11 +98,13 @@ def require_no_order(strategy: Strategy) -> None:
 
     Raises ConfigError.
     """
-    inner = innermost(strategy)
+    under, inner = "strategy", strategy
+    while isinstance(inner, Lines):
+        under, inner = f"{under}.parameters", inner.wrapped
     if isinstance(getattr(inner, "density", None), tuple):
         raise ConfigError(
             f"strategy={strategy.name}: a density for each adapter needs an order, which hospitals "
-            "do not have; give strategy.density one number"
+            f"do not have; give {under}.density one number"
         )
 
 
@@ -128,17 +130,14 @@ def innermost(strategy: Strategy) -> Strategy:
 
 
 def create(
-    name: str,
-    parameters: Mapping[str, Any] | None = None,
-    train: TrainedFactors | None = None,
-    under: str = "strategy",
+    name: str, parameters: Mapping[str, Any] | None = None, train: TrainedFactors | None = None
 ) -> Strategy:
-    """The strategy of that name with these parameters, which were given ``under`` a key.
+    """The strategy of that name with these parameters.
 
     With ``train`` it must also keep what such a training freezes. Raises ConfigError naming the
     parameter, its value and what is allowed.
     """
-    return _created(name, dict(parameters or {}), train, f"{under}.name", under)
+    return _created(name, dict(parameters or {}), train, "strategy.name", "strategy")
 
 
 def _created(
@@ -154,7 +153,10 @@ def _created(
             f"adapter.train={train}: strategy={name} merges {' | '.join(kind.declared.trains)}; "
             f"or take strategy={fit}"
         )
-    strategy = validate(parameters, kind, under)
+    try:
+        strategy = validate(parameters, kind, "strategy")
+    except ConfigError as problem:
+        raise ConfigError(str(problem).replace("strategy.", f"{under}.")) from None
     if isinstance(strategy, Lines):
         _created(strategy.of, strategy.parameters, train, f"{under}.of", f"{under}.parameters")
     return strategy

@@ -48,27 +48,35 @@ class RegMean(Strategy):
     ) -> Mapping[str, Update]:
         """See ``Strategy.combine``. Raises MergeError when the A differ, or without G."""
         factors = FactorSums()
+        # Factors are taken relative to the first hospital's: where all are alike nothing is left
+        # that T, which may be nearly singular, could blow up.
+        origin = {n: x.B.double() * adapters[0].spec.scale for n, x in adapters[0].layers.items()}
         totals: dict[str, Tensor] = {}  # T
-        pulls: dict[str, Tensor] = {}  # sum_k w_k B_k G_k
+        pulls: dict[str, Tensor] = {}  # sum_k w_k (B_k - B_1) G_k
         for adapter, w in zip(adapters, weights, strict=True):
             factors.add(adapter, w)
             grams = statistics_of(adapter, adapter.layers)
             grams = {name: semidefinite(gram) for name, gram in grams.items()}
-            pull = {name: layer.B.double() @ grams[name] for name, layer in adapter.layers.items()}
             accumulate(totals, grams, w)
-            accumulate(pulls, pull, w * adapter.spec.scale)
+            pull = {
+                name: (layer.B.double() * adapter.spec.scale - origin[name]) @ grams[name]
+                for name, layer in adapter.layers.items()
+            }
+            accumulate(pulls, pull, w)
         means = factors.under_shared("A")
         if means is None:
             raise MergeError("regmean needs the same A in all")
-        return {
-            name: LowRank(self._least_squares(mean.B, pulls[name], totals[name]), mean.A)
-            for name, mean in means.items()
-        }
+        merged = {}
+        for name, mean in means.items():
+            pull_of_mean = pulls[name] - (mean.B - origin[name]) @ totals[name]
+            B = mean.B + pull_of_mean @ self._inverse(totals[name])
+            merged[name] = LowRank(B, mean.A)
+        return merged
 
-    def _least_squares(self, mean: Tensor, pull: Tensor, total: Tensor) -> Tensor:
-        """B (m, r) of the module's formula; directions of z that nobody has seen keep the mean."""
+    def _inverse(self, total: Tensor) -> Tensor:
+        """(T + ridge)^-1, zero in directions of z that nobody has seen: there the mean is kept."""
         ridge = self.ridge * total.trace() / len(total) * torch.eye(len(total), dtype=total.dtype)
-        return mean + (pull - mean @ total) @ torch.linalg.pinv(total + ridge, hermitian=True)
+        return torch.linalg.pinv(total + ridge, hermitian=True)
 
 
 def semidefinite(gram: Tensor) -> Tensor:

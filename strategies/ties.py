@@ -17,7 +17,7 @@ from strategies.base import Declaration, Draw, Strategy, Update, deltas
 from strategies.entries import (
     Agreeing,
     Density,
-    dense_layers,
+    by_layer,
     densities,
     elected,
     fused,
@@ -45,13 +45,14 @@ class Ties(Strategy):
         """See ``Strategy.combine``. Raises MergeError with densities for another number."""
         shares = densities(self.density, len(adapters))
         whole = self._least_of_models(adapters, shares) if self.scope == "model" else None
-        merged = {}
-        for name, own in dense_layers(adapters):
+
+        def merge(name: str, own: list[Tensor]) -> Tensor:
             least = whole or [least_kept([d], s) for d, s in zip(own, shares, strict=True)]
             kept = [trimmed(d, limit) for d, limit in zip(own, least, strict=True)]
             signs = elected(kept, weights, self.election)
-            merged[name] = self.strength * fused(kept, weights, signs, self.agreeing)
-        return merged
+            return self.strength * fused(kept, weights, signs, self.agreeing)
+
+        return by_layer(adapters, merge)
 
     def _least_of_models(
         self, adapters: Sequence[Adapter], shares: Sequence[float]

@@ -9,6 +9,8 @@ thread, variants interleaved; the error is against dense products in float64.
 
 from __future__ import annotations
 
+from statistics import median
+
 import torch
 from mergekit.merge_methods import merge_tensors
 from peft import LoraConfig, get_peft_model
@@ -76,11 +78,12 @@ def _layer(name: str, progress: Progress) -> dict[str, float]:
 
     variants = {"ours": ours, "dense64": dense64, "peft": peft, "mergekit": mergekit}
     in_a_row = {"ours": _IN_A_ROW}  # as in a model, which has dozens of such layers
+    once = repeats == 1
     times = interleaved(
-        variants, repeats, progress, name, warm=True, keep_freed=True, in_a_row=in_a_row
+        variants, repeats, progress, name, warm=once, keep_freed=True, in_a_row=in_a_row
     )
     peaks = interleaved(variants, 1, progress, f"{name}, memory", warm=True)
-    out = {}
+    out = {f"merge.{name}.{v}.seconds": median(times[v].seconds) for v in variants}
     for other in _OTHERS:
         out[f"merge.{name}.{other}.time"], _ = times[other].ratio_to(times["ours"])
         _, out[f"merge.{name}.{other}.memory"] = peaks[other].ratio_to(peaks["ours"])
@@ -137,12 +140,13 @@ def _error(adapters: list[Adapter], weights: list[float]) -> float:
 
 def table(results: dict[str, float]) -> Table:
     """The figures beside their goals; what misses its goal is red."""
-    made = Table(title="What merging costs: theirs over ours", title_justify="left")
+    made = Table(title="What merging costs: seconds, and theirs over ours", title_justify="left")
     for column in ("figure", "measured", "goal"):
         made.add_column(column, justify="left" if column == "figure" else "right")
     for key, value in results.items():
         goal = GOALS.get(key)
         met = goal is None or (value <= goal if key.endswith("error") else value >= goal)
-        shown = f"{value:.2g}" if key.endswith("error") else f"{value:.0f}"
+        small = key.endswith(("error", "seconds"))
+        shown = f"{value:.2g}" if small else f"{value:.0f}"
         made.add_row(key, shown if met else f"[red]{shown}[/]", "" if goal is None else f"{goal:g}")
     return made

@@ -1,6 +1,6 @@
 """Merges as their papers define them: from all hospitals of a layer at once, dense, in float64.
 
-Nothing here is shared with ``strategies/``, whose sums run over hospitals one at a time.
+Nothing is computed by ``strategies/``, whose sums run over hospitals one at a time.
 """
 
 from __future__ import annotations

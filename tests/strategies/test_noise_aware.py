@@ -84,6 +84,17 @@ def test_the_weights_follow_from_the_variance_between_hospitals(between: float) 
     assert found == pytest.approx([w / sum(wanted) for w in wanted], rel=0.1)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-8])
+def test_noise_far_below_what_hospitals_agree_on_is_still_told_apart(size: float) -> None:
+    g = torch.Generator().manual_seed(5)
+    common = torch.randn(20_000, generator=g, dtype=torch.float64)
+    stds = [size, 3 * size, 10 * size]
+    moves = [{"q": common + std * torch.randn(20_000, generator=g).double()} for std in stds]
+    wanted = [1.0, 1 / 9, 1 / 100]
+    found = precision_weights(moves, [1 / 3] * 3, stds)
+    assert found == pytest.approx([w / sum(wanted) for w in wanted], rel=0.05)
+
+
 def test_weights_go_with_their_hospitals() -> None:
     sent, stds = start(), (0.1, 0.5, 2.0)
     adapters = [moved(sent, signal(k, 0.2), std, k) for k, std in enumerate(stds)]

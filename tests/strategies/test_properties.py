@@ -350,6 +350,16 @@ def test_every_strategy_has_an_option_file_with_its_defaults(name: str) -> None:
         ("lines", {"of": "ties", "parameters": {"density": 2}}, "strategy.parameters.density=2: "),
         (
             "lines",
+            {"of": "ties", "parameters": {"density": "abc"}},
+            "strategy.parameters.density=abc: must be a number",
+        ),
+        (
+            "lines",
+            {"of": "breadcrumbs", "parameters": {"outliers": 0.9}},
+            "strategy.parameters.density=0.15: with strategy.parameters.outliers=0.9 at",
+        ),
+        (
+            "lines",
             {"of": "lines", "parameters": {"of": "best"}},
             "strategy.parameters.of=best: choose one of ",
         ),

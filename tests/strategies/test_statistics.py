@@ -127,6 +127,21 @@ def test_gram_matrices_that_are_all_noise_move_regmean_no_further_than_the_hospi
         assert all(float((found[n] - mean[n]).norm()) < 2 * spread for n in SHAPES)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1e-12])
+def test_equal_hospitals_lose_no_digit_to_statistics_that_are_nearly_singular(ridge: float) -> None:
+    first = hospitals()[0]
+    g = torch.Generator().manual_seed(4)
+    adapters = []
+    for _ in range(4):
+        Q = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64)).Q
+        G = Q * torch.tensor([1.0, 1e-6, 1e-13], dtype=torch.float64) @ Q.T
+        adapters.append(replace(first, statistics=dict.fromkeys(SHAPES, G)))
+    found = combined("regmean", adapters, [0.4, 0.3, 0.2, 0.1], ridge=ridge)
+    for name, layer in first.layers.items():
+        expected = SPEC.scale * layer.to(torch.float64).dense()
+        assert torch.allclose(found[name], expected, rtol=1e-12, atol=1e-13)
+
+
 # --- Fisher ------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,9 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, gram
 from adapters.statistics import MeasuredAdapter
 from strategies.base import Draw, Noise, deltas, product_means
-from strategies.inner_products import cosines
+from strategies.inner_products import FromInnerProducts, cosines
 from strategies.merging import merge
+from strategies.norms import FromNorms
 from strategies.registry import OURS, create
 from strategies.streaming import Streaming
 from strategies.sums import ProductSum, ProductSums
@@ -121,6 +122,34 @@ def test_no_more_than_two_hospitals_are_held_at_once(name: str) -> None:
     loaded = Loaded(25, name in SHARED)
     merge(create(name), loaded, [1 / 25] * 25, drawn(name, 25))
     assert loaded.most <= 2
+
+
+FROM_NORMS = [kind.name for kind in OURS if issubclass(kind, FromNorms)]
+
+
+@pytest.mark.parametrize("name", FROM_NORMS)
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_norms_say_what_all_inner_products_do(name: str, scope: str) -> None:
+    adapters, w = [hospital(k, False) for k in range(6)], uneven(6)
+    for zeros in (0, 2, 5):
+        for k in range(zeros):
+            none = {n: LowRank(x.B * 0, x.A) for n, x in adapters[k].layers.items()}
+            adapters[k] = replace(adapters[k], layers=none)
+        strategy = create(name, {"scope": scope})
+        one, other = (
+            dense(kind.combine(strategy, adapters, w, Draw()))
+            for kind in (FromNorms, FromInnerProducts)
+        )
+        assert all(torch.allclose(one[n], other[n], rtol=1e-10, atol=1e-13) for n in SHAPES)
+
+
+def test_model_stock_of_one_that_learned_is_nothing_at_all() -> None:
+    adapters = [hospital(k, False) for k in range(3)]
+    for k in (0, 2):
+        none = {n: LowRank(x.B * 0, x.A) for n, x in adapters[k].layers.items()}
+        adapters[k] = replace(adapters[k], layers=none)
+    for found in dense(create("model_stock").combine(adapters, [1 / 3] * 3, Draw())).values():
+        assert not found.any()
 
 
 def numbers(held: Any) -> int:

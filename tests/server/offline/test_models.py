@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.lowrank import Dense, LowRank, gram, weighted_sum
 from server import model_folder
 from strategies.registry import strategies
-from tests.server.offline.conftest import Call
+from tests.server.offline.conftest import Call, tuned
 
 WEIGHTS = [0.5, 0.3, 0.4]
 
@@ -204,6 +204,35 @@ def test_krum_chooses_one_model_for_all_tensors(
     assert call(merge_method="krum", models=models, parameters=parameters) == 0
     found = weights_of(tmp_path / "out")
     assert sum(gap(found, weights_of(m)) < 1e-6 for m in models) == 1
+
+
+@pytest.mark.parametrize("name", ["norm_bound", "norm_weighted", "model_stock"])
+def test_with_scope_model_a_whole_model_is_one_vector(
+    name: str, models: list[Path], tiny_model: Path, tmp_path: Path, call: Call
+) -> None:
+    """Tensor by tensor it is something else."""
+    alike = [tuned(models[0], tmp_path / f"near-{i}", 7 + i, (1 + i) * 0.03) for i in range(3)]
+    base = weights_of(tiny_model)
+    states = [weights_of(folder) for folder in alike]
+    parts = [torch.cat([(own[n] - base[n]).flatten() for n in base]) for own in states]
+    sizes = torch.stack([part.norm() for part in parts])
+    units = torch.stack(parts) / sizes[:, None]
+    if name == "norm_bound":
+        expected = (sizes.clamp(max=sizes.median())[:, None] * units).mean(0)
+    elif name == "norm_weighted":
+        expected = units.sum(0) / units.sum(0).norm() * sizes.mean()
+    else:
+        c = float(sum(units[i] @ units[j] for i, j in ((0, 1), (0, 2), (1, 2)))) / 3
+        expected = 3 * c / (1 + 2 * c) * torch.stack(parts).mean(0)
+    found = {}
+    for scope in ("model", "layer"):
+        out, chosen = tmp_path / scope, {"scope": scope}
+        code = call(out, merge_method=name, models=alike, base_model=tiny_model, parameters=chosen)
+        assert code == 0
+        merged = weights_of(out)
+        found[scope] = torch.cat([(merged[n] - base[n]).flatten() for n in base])
+    assert float((found["model"] - expected).norm() / expected.norm()) < 1e-6
+    assert float((found["layer"] - expected).norm() / expected.norm()) > 1e-3
 
 
 def test_lines_scales_by_the_depth_of_the_whole_model(
