@@ -137,16 +137,17 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
     for count in more:
         for epsilon in EPSILONS:
             yield Cell(count, "fedsvd", epsilon, first, scale)
-    for seed in seeds:
-        for count in hospitals:
-            for arm in (ALONE, POOLED, *ARMS):
-                for epsilon in EPSILONS:
-                    yield Cell(count, arm, epsilon, seed, scale)
-            for arm in MIXED:
-                yield Cell(count, arm, EPSILONS[1], seed, scale)
-            for arm in STATISTICS:
-                for epsilon in EPSILONS[1:]:
-                    yield Cell(count, arm, epsilon, seed, scale)
+    every = [(first, count) for count in hospitals]
+    every += [(seed, count) for count in hospitals for seed in others]
+    for seed, count in every:
+        for arm in (ALONE, POOLED, *ARMS):
+            for epsilon in EPSILONS:
+                yield Cell(count, arm, epsilon, seed, scale)
+        for arm in MIXED:
+            yield Cell(count, arm, EPSILONS[1], seed, scale)
+        for arm in STATISTICS:
+            for epsilon in EPSILONS[1:]:
+                yield Cell(count, arm, epsilon, seed, scale)
 
 
 def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -> list[Result]:
