@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.merging.quality import (
     ALONE,
     ARMS,
+    AT_FULL_RATE,
     EPSILONS,
     MIXED,
     POOLED,
@@ -55,7 +56,7 @@ def rows(results: Sequence[Result], hospitals: int) -> list[Row]:
     if not reference:
         return []
     found = []
-    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE):
+    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE, *AT_FULL_RATE):
         for epsilon in EPSILONS:
             measured = _of(own, arm, epsilon)
             if measured:
