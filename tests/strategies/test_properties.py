@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
 from adapters.statistics import MeasuredAdapter
-from conf.load import ConfigError, groups, load
-from conf.schema import RunSettings
 from strategies.base import Draw, MergeError, Noise, Strategy
 from strategies.merging import Merge, merge
 from strategies.registry import OURS, create
@@ -327,66 +325,6 @@ def test_the_inputs_are_left_as_they_are_and_the_result_repeats(name: str) -> No
     one, two = (whole(name, adapters).adapter.fingerprint() for _ in range(2))
     assert one == two
     assert [a.fingerprint() for a in adapters] == before
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_strategy_has_an_option_file_with_its_defaults(name: str) -> None:
-    assert name in groups()["strategy"]
-    train = create(name).declared.trains[0]
-    chosen = load("simulate", [f"strategy={name}", f"adapter.train={train}"], RunSettings).strategy
-    assert create(chosen.name, chosen.parameters) == create(name)
-    assert set(chosen.parameters) == set(create(name).model_dump())
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "said"),
-    [
-        ("ties", {"density": 1.5}, "strategy.density=1.5: input should be less than 1"),
-        ("ties", {"densty": 0.5}, "strategy.densty=0.5: unknown key; there are: agreeing, den"),
-        ("ties", {"scope": "row"}, "strategy.scope=row: input should be 'layer' or 'model'"),
-        ("della", {"window": 0.6}, "strategy.density=0.5: from 0.6 to 0.4"),
-        ("breadcrumbs", {"outliers": 0.9}, "strategy.density=0.15: with strategy.outliers=0.9 at"),
-        ("lines", {"of": "best"}, "strategy.of=best: choose one of "),
-        ("lines", {"of": "ties", "parameters": {"density": 2}}, "strategy.parameters.density=2: "),
-        (
-            "lines",
-            {"of": "ties", "parameters": {"density": "abc"}},
-            "strategy.parameters.density=abc: must be a number",
-        ),
-        (
-            "lines",
-            {"of": "breadcrumbs", "parameters": {"outliers": 0.9}},
-            "strategy.parameters.density=0.15: with strategy.parameters.outliers=0.9 at",
-        ),
-        (
-            "lines",
-            {"of": "lines", "parameters": {"of": "best"}},
-            "strategy.parameters.of=best: choose one of ",
-        ),
-    ],
-)
-def test_an_impossible_parameter_is_named(name: str, parameters: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError) as problem:
-        create(name, parameters)
-    assert str(problem.value).startswith(said)
-
-
-@pytest.mark.parametrize(
-    ("name", "train", "said"),
-    [
-        ("ffa", "both", "strategy=ffa merges B | core; or take strategy=breadcrumbs | "),
-        ("fedsvd", "A", "strategy=fedsvd merges B; or take "),
-        ("product_mean", "core", "strategy=product_mean merges B | A | alternate | both; or take "
-         "strategy=fedavg | ffa"),
-        ("lines", "core", "strategy=lines merges "),
-    ],
-)  # fmt: skip
-def test_a_strategy_follows_only_trainings_whose_frozen_part_it_keeps(
-    name: str, train: Any, said: str
-) -> None:
-    with pytest.raises(ConfigError) as problem:
-        create(name, train=train)
-    assert str(problem.value).startswith(f"adapter.train={train}: {said}")
 
 
 def test_masks_follow_from_run_round_and_tensor() -> None:
