@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.merging.quality import (
     ALONE,
     ARMS,
-    AT_FULL_RATE,
+    AT_OTHER_RATES,
     EPSILONS,
     MIXED,
     POOLED,
@@ -56,7 +56,7 @@ def rows(results: Sequence[Result], hospitals: int) -> list[Row]:
     if not reference:
         return []
     found = []
-    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE, *AT_FULL_RATE):
+    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE, *AT_OTHER_RATES):
         for epsilon in EPSILONS:
             measured = _of(own, arm, epsilon)
             if measured:
