@@ -62,8 +62,8 @@ def figures(found: Sequence[Row], hospitals: int) -> dict[str, float]:
 def draw(results: Sequence[Result], file: Path) -> None:
     """Share of the non-private gain by strategy and epsilon, one panel a number of hospitals.
 
-    Dotted lines are the goals, at four hospitals. Rates that suit an arm less are left out. Where one arm alone was measured there is nothing
-    to compare, and no panel.
+    Dotted lines are the goals, at four hospitals. Rates that suit an arm less are left out. Where
+    one arm alone was measured there is nothing to compare, and no panel.
     """
     everything = {n: rows(results, n) for n in sorted({r.cell.hospitals for r in results})}
     counts = [n for n, own in everything.items() if len({row.arm for row in own}) > 1]
