@@ -2,7 +2,8 @@
 
 A group choice (``privacy=none``) goes to Hydra. A value (``privacy.epsilon=3``) follows Hydra's
 grammar too, so that lists, numbers and null can be written; what that grammar does not know, such
-as a path with a comma, is taken as the plain text it is.
+as a path with a comma, is taken as the plain text it is. In the files ``${choose:KEY,{A:1,B:2}}``
+is the value that goes with the choice made at KEY.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _CLEARER = {  # what pydantic says in the words of a programmer
     "too_short": "must not be empty",
     "model_type": "must be keys with values",
 }
+OmegaConf.register_new_resolver("choose", lambda choice, values: values.get(choice), replace=True)
 
 
 class ConfigError(ValueError):

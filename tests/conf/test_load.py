@@ -84,7 +84,8 @@ def test_the_defaults_of_every_command_are_valid(command: str) -> None:
 )
 def test_every_group_choice_sets_what_its_file_says(command: str, group: str, choice: str) -> None:
     file = OmegaConf.load(FOLDER / group / f"{choice}.yaml")
-    written = OmegaConf.to_container(file)
+    others = {"adapter": {"train": "B"}}  # what a file may refer to
+    written = OmegaConf.to_container(OmegaConf.create(others | {group: file}), resolve=True)[group]
     assert isinstance(written, dict)
     written.pop("defaults", None)
     settings = compose(command, f"{group}={choice}").model_dump(mode="json")
@@ -94,6 +95,30 @@ def test_every_group_choice_sets_what_its_file_says(command: str, group: str, ch
 def _paths(given: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
     """A path is left open in the files and comes from the command line."""
     return {"path": given["path"]} if written.get("path", "") is None else {}
+
+
+@pytest.mark.parametrize("command", ["simulate", "server"])
+@pytest.mark.parametrize(
+    ("train", "strategy", "rate"),
+    [
+        ("B", "fedsvd", 10),
+        ("core", "ffa", 10),
+        ("A", "rolora", 5),
+        ("alternate", "rolora", 5),
+        ("both", "lora_fair", 5),
+    ],
+)
+def test_a_step_is_half_as_long_where_a_moves_unless_said_otherwise(
+    command: str, train: str, strategy: str, rate: float
+) -> None:
+    chosen = [f"adapter.train={train}", f"strategy={strategy}"]
+    assert compose(command, *chosen).optimizer.learning_rate == rate
+    said = compose(command, *chosen, "optimizer.learning_rate=7")
+    assert said.optimizer.learning_rate == 7
+
+
+def test_an_unknown_part_to_train_is_what_is_refused_not_its_rate() -> None:
+    assert complaint("simulate", "adapter.train=bothh").startswith("adapter.train=bothh: ")
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.yaml")), ids=lambda f: f.stem)
