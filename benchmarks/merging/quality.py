@@ -62,10 +62,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     **_MOVING_A,
     "hetlora": ("strategy=hetlora", "adapter.train=both"),  # at FedAvg's rate, not one of its own
 }
-_TRIED_AT: Epsilon = 3.0
+_TRIED_AT: tuple[Epsilon, ...] = (3.0, 1.0)
 _FULL_RATE = 10.0  # that of B alone, measured at every epsilon
 _OTHER_RATES = {
-    "fedsvd": (7.0, 14.0),
+    "fedsvd": (5.0, 7.0, 14.0),
     "core": (5.0, 20.0),
     "rolora": (2.5, _FULL_RATE),
     "fedavg": (2.5, _FULL_RATE),
@@ -158,7 +158,8 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
         for epsilon in EPSILONS:
             yield Cell(count, "fedsvd", epsilon, first, scale)
     for arm in AT_OTHER_RATES:
-        yield Cell(few, arm, _TRIED_AT, first, scale)
+        for epsilon in _TRIED_AT:
+            yield Cell(few, arm, epsilon, first, scale)
     for count in hospitals:
         for name in _MOVING_A:
             for epsilon in EPSILONS:
