@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from adapters.base_model import skeleton
 from client import node_key
-from client.notes.load import checked_path
-from client.site import SITE, read_policy
+from client.preflight import preflight
+from client.site import SITE
 from conf.deployment import ClientSettings
 from transport import processes
 
@@ -62,18 +61,15 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
 
     Raises
     ------
-    SiteError, NotesError, ModelError, NodeKeyError, DaemonError
+    SiteError, NodeKeyError, DaemonError
         One line says what is wrong, before anything is started.
     """
-    own = read_policy(policy)
+    own = preflight(policy)
     site, allowed = own.site, own.coordinator.address
     if allowed is not None and settings.server != allowed:
         raise DaemonError(
             f"client.server={settings.server}: {policy} allows coordinator.address {allowed} only"
         )
-    # Else each round would be refused, and the coordinator would be the first to know.
-    checked_path(own.notes)
-    skeleton(own.model)
     state = processes.private_folder(settings.state / site)  # two sites of one machine stay apart
     trust = _trust(settings, state, site, console)
     commands = processes.shadow_commands(state / "commands", "flwr-clientapp", "client.pinned")

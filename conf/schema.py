@@ -178,6 +178,11 @@ class NotesSettings(Settings):
             raise ValueError("notes.path must name the file or folder of notes")
         return self
 
+    @property
+    def names_patients(self) -> bool:
+        """Whether every note says whose it is; else the unit of privacy can only be the note."""
+        return self.source in ("clinosim", "fhir") or self.patient_field is not None
+
 
 class HospitalsSettings(Settings):
     """How the simulation divides notes among hospitals."""

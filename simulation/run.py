@@ -138,9 +138,7 @@ def _hospitals(
     settings: RunSettings, folder: RunFolder, measured: Measurements, on_step: OnStep
 ) -> tuple[RunSettings, Hospitals]:
     """Simulated hospitals; without patient ids the privacy unit falls back to the note."""
-    notes = settings.notes
-    has_ids = notes.source in ("clinosim", "fhir") or notes.patient_field is not None
-    if settings.privacy.enabled and not has_ids:
+    if settings.privacy.enabled and not settings.notes.names_patients:
         if settings.privacy.unit == "patient":
             privacy = settings.privacy.model_copy(update={"unit": "note"})
             settings = settings.model_copy(update={"privacy": privacy})

@@ -55,7 +55,7 @@ def load_notes(settings: NotesSettings) -> NoteSet:
     found = NoteSet(
         notes=tuple(o for o in outcomes if isinstance(o, Note)),
         rejected=tuple(o for o in outcomes if isinstance(o, Rejected)),
-        has_patients=settings.source == "fhir" or settings.patient_field is not None,
+        has_patients=settings.names_patients,
         left_out=tuple(o for o in outcomes if isinstance(o, LeftOut)),
     )
     _require_usable(found, path, settings)

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from client import daemon as client_daemon
-from client.notes.note import NotesError
 from client.site import SiteError
 from conf.commands import ClientCommand, ServerCommand
 from conf.deployment import ClientSettings, ServerSettings
@@ -72,7 +71,9 @@ def test_a_hospital_whose_notes_are_not_there_does_not_start(
     policy = yaml.safe_load(policies[0].read_text())
     policy["notes"]["path"] = "/nowhere"
     policies[0].write_text(yaml.safe_dump(policy))
-    with pytest.raises(NotesError, match=r"notes\.path=/nowhere: no such file or folder"):
+    with pytest.raises(
+        SiteError, match=r"east\.yaml: notes\.path=/nowhere: no such file or folder"
+    ):
         client_daemon.serve(policies[0], client_settings(tmp_path), Console(quiet=True))
     assert not (tmp_path / "state").exists()
 

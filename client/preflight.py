@@ -1,0 +1,58 @@
+"""What would have every round refused, found while a person is looking.
+
+Otherwise the coordinator would be the first to know that a hospital's notes, model or ledger cannot
+be used.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from adapters.base_model import ModelError, skeleton
+from client.notes.load import NotesError, checked_path
+from client.privacy.ledger import Ledger, LedgerError, begun
+from client.privacy.unprotected import unprotected_mark
+from client.site import SiteError, read_policy
+from conf.policy import SitePolicy
+
+
+def preflight(file: Path) -> SitePolicy:
+    """The policy in ``file``, once rounds can be begun under it.
+
+    Notes are not read, and no ledger is begun. Raises SiteError: one line that says what in the
+    policy cannot be.
+    """
+    policy = read_policy(file)
+    try:
+        checked_path(policy.notes)
+        skeleton(policy.model)
+        _require_units(policy)
+        _require_ledger(policy)
+    except (NotesError, ModelError, LedgerError) as problem:
+        raise SiteError(f"{file}: {problem}") from None
+    return policy
+
+
+def _require_units(policy: SitePolicy) -> None:
+    limits = policy.privacy
+    if limits.required and limits.unit == "patient" and not policy.notes.names_patients:
+        raise NotesError(
+            "notes.patient_field=null: name the field of the patient's id, or allow the weaker "
+            "privacy.unit: note"
+        )
+
+
+def _require_ledger(policy: SitePolicy) -> None:
+    """One that was begun verifies; where there is none, one can be begun."""
+    mark = unprotected_mark(policy)
+    if policy.privacy.required and mark.exists():
+        raise LedgerError(f"privacy.required=true: {mark} says that notes left without privacy")
+    if begun(policy.ledger, policy.site_key, policy.anchor):
+        with Ledger.of(policy) as ledger:
+            ledger.entries()
+        return
+    folder = policy.ledger.absolute().parent
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise LedgerError(f"ledger={policy.ledger}: this account may not write in {there}")
