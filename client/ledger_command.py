@@ -108,6 +108,8 @@ def _plan(command: LedgerCommand, console: Console) -> None:
         sigma = _noise(wanted, steps, history, beside, policy)
     except BudgetExhausted as problem:
         raise LedgerError(f"the plan does not fit: {problem}") from None
+    if sigma == limits.min_noise_multiplier:
+        console.print(f"noise is raised to {sigma:g}, privacy.min_noise_multiplier of the policy")
     planned = (*history, GaussianSteps(wanted.sampling_rate, sigma, steps))
     by_rdp = epsilon_rdp(planned, limits.delta)
     if wanted.noise_multiplier:  # else the noise is what the budget needs

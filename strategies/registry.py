@@ -115,9 +115,9 @@ def require_adapters_suffice(strategy: Strategy, key: str) -> None:
     """
     inner = innermost(strategy)
     if inner.statistics or inner.needs_noise:
-        needed = f"{inner.statistics} statistics" if inner.statistics else "the noise's size"
+        needed = "statistics of notes" if inner.statistics else "the noise's size"
         raise ConfigError(
-            f"{key}={strategy.name}: needs {needed} ({inner.name}), which only rounds have; take "
+            f"{key}={strategy.name}: {inner.name} needs {needed}, which only rounds have; take "
             "another"
         )
 

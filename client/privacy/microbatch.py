@@ -2,10 +2,14 @@
 
 A note is padded to the next length of a public ladder (its bucket), and every micro-batch of a
 bucket has the same number of rows, filled with empty ones where notes run out. So the shape in
-which a note is computed depends on that note alone. With one shape, matrix kernels compute a row
-from that row, in one order of operations: a note's gradient is then the same bit for bit whatever
-else is in the batch. With shapes that follow the batch it is not, and a hostile adapter (factors
-that cancel but for rounding) can amplify the difference beyond the clipping bound.
+which a note is computed depends on that note alone. With one shape, and one thread, kernels compute
+a row from that row, in one order of operations: a note's gradient is then the same bit for bit
+whatever else is in the batch. With shapes that follow the batch it is not, and a hostile adapter
+(factors that cancel but for rounding) can amplify the difference beyond the clipping bound.
+
+Several threads share out the elements of a whole micro-batch, and the ends of their shares are
+computed by other instructions than the rest: a note's bits then depend on its row too. So where
+there are several, every note goes through the model alone.
 """
 
 from __future__ import annotations
@@ -50,9 +54,12 @@ def cut(
 ) -> Iterator[MicroBatch]:
     """All notes of ``units`` in micro-batches of about ``micro_tokens`` tokens, longest first.
 
-    A bucket longer than ``micro_tokens`` gets one row a micro-batch; 0 asks for that everywhere.
-    No micro-batch has more than ``max_rows`` rows (a public constant; None: no limit).
+    A bucket longer than ``micro_tokens`` gets one row a micro-batch; 0 asks for that everywhere,
+    and so do several threads. No micro-batch has more than ``max_rows`` rows (a public constant;
+    None: no limit).
     """
+    if torch.get_num_threads() > 1:
+        micro_tokens = 0
     by_bucket: dict[int, list[tuple[int, Tokens]]] = defaultdict(list)
     for owner, unit in enumerate(units):
         for note in unit:

@@ -19,6 +19,8 @@ import wardround
 from client.privacy.accountant import GaussianSteps, calibrate, epsilon, epsilon_rdp
 from client.privacy.audit_log import AuditLog, Line
 from client.privacy.ledger import Ledger
+from conf.commands import LedgerCommand, ServerCommand
+from conf.load import load
 from conf.policy import SitePolicy
 
 CHARGE = GaussianSteps(1.0, 6.0, 2)
@@ -147,6 +149,7 @@ def test_a_plan_is_priced_with_what_the_policy_adds_to_it(
     beside = (GaussianSteps(1.0, 10.0, 2), GaussianSteps(1.0, 10.0, 3))
     after = epsilon((*beside, GaussianSteps(1.0, 7.0, 6)), 1e-5)
     assert f"noise 7: epsilon {after:.3f} after it" in text
+    assert "noise is raised to 7, privacy.min_noise_multiplier" in text
     assert "shares noised are counted in" in text
 
 
@@ -163,6 +166,14 @@ def test_statistics_are_priced_as_one_more_step_a_round(
     text = person.types("plan", *size, "plan.noise_multiplier=9")
     after = epsilon((GaussianSteps(1.0, 9.0, 9),), 1e-5)
     assert f"3 x 3 steps at q=1 (statistics are one of them), noise 9: epsilon {after:.3f}" in text
+
+
+def test_what_a_server_asks_by_default_is_priced_by_default() -> None:
+    server = load("server", [], ServerCommand)
+    plan = load("ledger", [], LedgerCommand).plan
+    federation, privacy = server.federation, server.privacy
+    assert (plan.rounds, plan.local_steps) == (federation.rounds, federation.local_steps)
+    assert plan.sampling_rate == privacy.sampling_rate
 
 
 def test_a_plan_is_priced_on_top_of_what_was_spent(spent: SitePolicy, person: Person) -> None:
@@ -182,8 +193,8 @@ def test_a_plan_is_priced_on_top_of_what_was_spent(spent: SitePolicy, person: Pe
 
 
 def test_what_does_not_fit_is_told_with_what_would(spent: SitePolicy, person: Person) -> None:
-    options = ("plan.rounds=30", "plan.sampling_rate=1", "plan.noise_multiplier=6")
-    text = person.types("plan", *options, code=1)
+    size = ("plan.rounds=30", "plan.local_steps=10", "plan.sampling_rate=1")
+    text = person.types("plan", *size, "plan.noise_multiplier=6", code=1)
     found = re.search(r"(\d+) of its 300 steps fit", text)
     assert found
     fit = int(found[1])

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import lora
 from adapters.adapter import AdapterSpec
@@ -184,6 +185,31 @@ def test_batch_mates_change_nothing_bit_for_bit(model: PeftModel, micro: int) ->
         expected = sum((one[name] for one in alone), torch.zeros_like(together[name]))
         assert torch.equal(together[name], expected)
         assert torch.equal(backwards[name], expected)
+
+
+def test_on_many_threads_too(many_threads: None) -> None:
+    """Threads share out a whole micro-batch: in one of several rows, bits depend on the row."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=576, intermediate_size=1536, num_hidden_layers=1,
+        num_attention_heads=9, num_key_value_heads=3,
+    )  # fmt: skip
+    wide = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = lora.attach(wide, AdapterSpec(2, 2.0, ("down_proj",)), "B")
+    first, second = (torch.randint(2, 300, (105,)).tolist() for _ in range(2))
+    alone = clipped_sum(model, [[first]], 0.05, micro_tokens=256)
+    other = clipped_sum(model, [[second]], 0.05, micro_tokens=256)
+    for units in ([[first], [second]], [[second], [first]]):
+        together = clipped_sum(model, units, 0.05, micro_tokens=256)
+        assert all(together[name].equal(alone[name] + other[name]) for name in together)
+
+
+@pytest.fixture
+def many_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(12)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("held", [1, 3000, 10**9])

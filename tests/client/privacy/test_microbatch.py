@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +53,16 @@ def test_micro_batches_keep_to_the_budget_longest_first(units: Units, micro: int
         assert 1 <= len(batch.owners) <= rows_
         assert not batch.lengths[len(batch.owners) :].any()
     assert [b.ids.shape[1] for b in made] == sorted((b.ids.shape[1] for b in made), reverse=True)
+
+
+def test_where_threads_share_the_work_every_note_goes_alone() -> None:
+    units = [[[1, 2, 3]]] * 5
+    assert [b.ids.shape[0] for b in cut(units, 64)] == [4, 4]
+    torch.set_num_threads(2)
+    try:
+        assert [b.ids.shape[0] for b in cut(units, 64)] == [1] * 5
+    finally:
+        torch.set_num_threads(1)
 
 
 @given(st.integers(1, 20_000))

@@ -51,12 +51,18 @@ def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
     ("recipe", "expected"),
     [
         ({"merge_method": "tise"}, "merge_method=tise: choose one of breadcrumbs, "),
-        ({"merge_method": "regmean"}, "merge_method=regmean: needs gram statistics (regmean), whi"),
-        ({"merge_method": "fisher"}, "merge_method=fisher: needs fisher statistics (fish"),
-        ({"merge_method": "noise_aware"}, "merge_method=noise_aware: needs the noise's size ("),
+        (
+            {"merge_method": "regmean"},
+            "merge_method=regmean: regmean needs statistics of no",
+        ),
+        ({"merge_method": "fisher"}, "merge_method=fisher: fisher needs statistics of"),
+        (
+            {"merge_method": "noise_aware"},
+            "merge_method=noise_aware: noise_aware needs the noi",
+        ),
         (
             {"merge_method": "lines", "parameters": {"of": "fisher"}},
-            "merge_method=lines: needs fisher statistics (fisher), which only rounds have; take",
+            "merge_method=lines: fisher needs statistics of notes, which only rounds have",
         ),
         ({"merge_method": "sce"}, "merge_method=sce is not supported (ties is nearest to it): cho"),
         (LINEAR | {"slices": []}, "slices is not supported: layers cannot be taken from"),
