@@ -146,6 +146,10 @@ class Adapter:
         """True when no factor holds NaN or infinity."""
         return all(layer.is_finite() for layer in self.layers.values())
 
+    def largest(self) -> float:
+        """Magnitude of the largest entry of any factor."""
+        return max(float(tensor.abs().max()) for tensor in self.tensors().values())
+
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and bytes, independent of file metadata and order."""
         digest = hashlib.sha256()

@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
+from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.plan import TrainingPlan
@@ -18,7 +19,8 @@ from adapters.statistics import MeasuredAdapter, require_statistics
 from transport.wire import size_bytes, unpack_upload
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-LARGEST = 1e6  # of an entry; no trained factor comes near, and below it no merge overflows
+LARGEST = 1e6  # entry of what is merged: no trained one comes near, and what travels can hold it
+_FARTHEST = 1e3  # an entry beyond the largest that was sent; of honest ones no step goes so far
 MALFORMED = "malformed reply"
 _MOST_FACTS = 20
 _NOISE = 0.01, 1e4  # multipliers of a private step; beyond, a merge's squares could overflow
@@ -49,6 +51,7 @@ class LeftOut:
 
     site: str
     reason: str
+    lied: bool = True  # False: it refused, or did not answer
 
 
 def accept(
@@ -62,7 +65,7 @@ def accept(
     """
     node = registered or node_name(node_id)
     if reply.has_error():
-        return LeftOut(node, f"no answer (Flower error {reply.error.code})")
+        return LeftOut(node, f"no answer (Flower error {reply.error.code})", lied=False)
     content = reply.content
     if not isinstance(content, RecordDict):  # Flower hands on whatever record it was sent
         return LeftOut(node, MALFORMED)
@@ -71,7 +74,7 @@ def accept(
         site = registered or str(refusal.get("site", ""))
         # Free text from outside stays out of records: the code is enough to look the reason up.
         code = re.sub(r"[^A-Z_]", "", str(refusal.get("code", "")))[:40]
-        return LeftOut(site if _NAME.fullmatch(site) else node, f"refused: {code}")
+        return LeftOut(site if _NAME.fullmatch(site) else node, f"refused: {code}", lied=False)
     try:
         facts = json.loads(str(content.config_records["facts"]["json"]))
         site = facts["site"]
@@ -98,11 +101,21 @@ def accept(
         return LeftOut(site, MALFORMED)
     if not adapter.is_finite():
         return LeftOut(site, "factors hold NaN or infinity")
-    if any(tensor.abs().max() > LARGEST for tensor in factors.values()):
+    if impossibly_large(factors, plan.to_travel(sent)):
         return LeftOut(site, "factors impossibly large")
     if statistics:
         adapter = MeasuredAdapter(adapter.spec, adapter.layers, statistics)
     return Accepted(site, facts, size_bytes(content), adapter)
+
+
+def impossibly_large(factors: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> bool:
+    """Whether an entry lies too far beyond the largest that was sent.
+
+    A limit that did not follow what was sent would, once a liar had drawn the merge to it, leave
+    out every honest hospital.
+    """
+    most = max(float(tensor.abs().max()) for tensor in sent.values()) + _FARTHEST
+    return any(float(tensor.abs().max()) > most for tensor in factors.values())
 
 
 def node_name(node_id: int) -> str:

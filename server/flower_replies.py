@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
-from server.acceptance import LARGEST
+from server.acceptance import impossibly_large
 from strategies.base import Strategy
 from strategies.hetlora import HetLoRA
 from strategies.registry import innermost
@@ -125,7 +125,7 @@ def _accepted(content: RecordDict, sent: Sent, strategy: Strategy) -> Adapter:
         raise Unusable(f"factors of rank {rank}, not {own if one_rank else f'1 to {most}'}")
     if not adapter.is_finite():
         raise Unusable("factors hold NaN or infinity")
-    if any(tensor.abs().max() > LARGEST for tensor in tensors.values()):
+    if impossibly_large(tensors, sent.tensors):
         raise Unusable("factors impossibly large")
     room = min(torch.finfo(t.dtype).max for t in sent.tensors.values()) / _ROOM
     if any(layer.norm() > room for layer in adapter.layers.values()):
@@ -173,6 +173,8 @@ def _adapter(tensors: Mapping[str, Tensor], alpha: float | None) -> Adapter:
 def _tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
     """By plain name; ValueError for what is no array of floating-point numbers."""
     tensors = arrays.to_torch_state_dict()
+    if any(tensor.ndim != 2 for tensor in tensors.values()):
+        raise ValueError("arrays are not matrices")
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise ValueError("arrays are not of floating-point numbers")
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}

@@ -128,7 +128,8 @@ class MergeStrategy(FedAvg):
         alike = all(adapter.spec == spec for adapter in adapters)
         draw = Draw(self.run, server_round)
         try:
-            found = merge(self.strategy, adapters, shares, draw, None if alike else spec.rank)
+            rank = None if alike else spec.rank
+            found = merge(self.strategy, adapters, shares, draw, rank, origin=self._sent.adapter)
         except MergeError as problem:
             if not left_out:
                 raise

@@ -24,6 +24,7 @@ from adapters.base_model import load_base
 from adapters.plan import TrainingPlan, plan_round
 from conf.schema import TrainingSettings
 from server.acceptance import (
+    LARGEST,
     MALFORMED,
     Accepted,
     Answer,
@@ -101,9 +102,16 @@ def federate(
             moved = plan.trained_layers(sent.layers)
             draw = Draw(folder.name, number, _noise(plan, sent.only(moved), accepted))
             own = folder.adapters(number, [a.site for a in accepted], moved)
-            merged = merge(strategy, own, weights, draw)
+            caught = sum(isinstance(o, LeftOut) and o.lied for o in outcomes.values())
+            merged = merge(strategy.after(caught), own, weights, draw, origin=sent.only(moved))
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
+        if merged.adapter.largest() > LARGEST:
+            sites = ", ".join(a.site for a in accepted)
+            raise RoundFailed(
+                f"round {number}: what {sites} sent merges to impossibly large factors, which were "
+                "not kept; one of them lies: its adapter lies with the others in the run folder"
+            )
         sent.updated(merged.adapter).save(folder.adapter_folder(number))
         record: dict[str, Any] = {
             "round": number,

@@ -58,6 +58,14 @@ class Declaration:
     noise: bool = False
     weighted: bool = True
 
+    @property
+    def of_changes(self) -> bool:
+        """Whether a round merges by it what the round has changed, not all that was learned so far.
+
+        Means are the same either way, and what averages factors needs the factors themselves.
+        """
+        return not self.exact and self.space != "factors"
+
 
 @dataclass(frozen=True, eq=False)
 class Noise:
@@ -112,6 +120,13 @@ class Strategy(Settings):
 
         Raises MergeError.
         """
+
+    def after(self, caught: int) -> Strategy:
+        """The same in a round that has left out ``caught`` hospitals because they lied.
+
+        Of those that a robust rule must bear, there are so many fewer among the others.
+        """
+        return self
 
     @abstractmethod
     def combine(

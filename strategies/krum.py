@@ -44,6 +44,10 @@ class Krum(FromInnerProducts):
                 f"at most {count - self.liars} can be chosen"
             )
 
+    def after(self, caught: int) -> Krum:
+        """See ``Strategy.after``."""
+        return self.model_copy(update={"liars": max(0, self.liars - caught)})
+
     def coefficients(self, products: Tensor, weights: Tensor) -> Tensor:
         """See ``FromInnerProducts.coefficients``. Raises MergeError with too few hospitals."""
         k = len(weights)

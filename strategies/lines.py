@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from adapters.adapter import Adapter
 from adapters.statistics import Statistic
@@ -35,6 +35,7 @@ class Lines(Strategy):
     first: Annotated[float, Field(ge=0, le=10)] = 0.5
     last: Annotated[float, Field(ge=0, le=10)] = 1.0
     blocks: Annotated[int, Field(ge=1)] | None = None  # L; None: up to the last adapted one
+    _caught: int = PrivateAttr(0)
 
     @property
     def statistics(self) -> Statistic | None:
@@ -55,6 +56,12 @@ class Lines(Strategy):
         """See ``Strategy.require_count``: what the wrapped strategy can merge."""
         self.wrapped.require_count(count)
 
+    def after(self, caught: int) -> Lines:
+        """See ``Strategy.after``."""
+        same = self.model_copy()
+        same._caught = caught
+        return same
+
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
     ) -> Mapping[str, Update]:
@@ -68,7 +75,7 @@ class Lines(Strategy):
         """The strategy whose result is scaled."""
         from strategies.registry import create  # which knows this class too
 
-        return create(self.of, self.parameters)
+        return create(self.of, self.parameters).after(self._caught)
 
     def factors(self, layers: Iterable[str]) -> dict[str, float]:
         """By what each of these layers is scaled. Raises MergeError as ``combine`` does."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from adapters.adapter import Adapter
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update
@@ -32,10 +32,18 @@ class Median(Strategy):
         weighted=False,
     )
 
+    _fewest: int = PrivateAttr(3)  # of two, one that lies is half
+
     def require_count(self, count: int) -> None:
         """See ``Strategy.require_count``."""
-        if count < 3:
-            raise MergeError(f"{self.name} needs at least 3 to merge")
+        if count < self._fewest:
+            raise MergeError(f"{self.name} needs at least {self._fewest} to merge")
+
+    def after(self, caught: int) -> Median:
+        """See ``Strategy.after``."""
+        same = self.model_copy()
+        same._fewest = max(1, 3 - 2 * caught)
+        return same
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw
@@ -62,6 +70,10 @@ class TrimmedMean(Strategy):
         least = 2 * self.liars + 1
         if count < least:
             raise MergeError(f"{self.name} with liars={self.liars} needs at least {least} to merge")
+
+    def after(self, caught: int) -> TrimmedMean:
+        """See ``Strategy.after``."""
+        return self.model_copy(update={"liars": max(0, self.liars - caught)})
 
     def combine(
         self, adapters: Sequence[Adapter], weights: Sequence[float], draw: Draw

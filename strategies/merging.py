@@ -13,6 +13,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Draw, MergeError, Strategy, Update, Updates
+from strategies.changes import Changes
 from strategies.figures import Figures
 from strategies.inner_products import cosines
 from strategies.sums import ProductMeans, norm
@@ -49,12 +50,14 @@ def merge(
     draw: Draw | None = None,
     rank: int | Literal["exact"] | None = None,
     dtype: torch.dtype = torch.float32,
+    origin: Adapter | None = None,
 ) -> Merge:
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
     ``weights`` are positive, public and sum to one, and equal where the strategy would ignore
     them; ``rank`` None takes the first adapter's, and "exact" the rank that the merged update has,
-    so that nothing is lost; ``dtype`` is that of the merged factors, computed in float64.
+    so that nothing is lost; ``dtype`` is that of the merged factors, computed in float64;
+    ``origin`` is the adapter that a round began with (see ``strategies.changes``).
     ``adapters`` are gone through one at a time, more than once, and may be loaded each time. Raises
     MergeError when the adapters do not fit each other or the strategy.
     """
@@ -65,7 +68,7 @@ def merge(
     if not strategy.weighted and max(weights) - min(weights) > 1e-9:
         raise MergeError(f"{strategy.name} counts all adapters alike; weights must be equal")
     figures = Figures(adapters, weights)
-    combined = dict(strategy.combine(adapters, weights, draw or Draw()))
+    combined = _combined(strategy, adapters, weights, draw or Draw(), origin)
     if rank == "exact":
         compressed, rank = _compressed(combined)
         combined.update(compressed)
@@ -93,6 +96,19 @@ def merge(
         math.sqrt(squared) / size if size else 1.0,
         kept,
     )
+
+
+def _combined(
+    strategy: Strategy,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    draw: Draw,
+    origin: Adapter | None,
+) -> Updates:
+    if origin is None or not strategy.declared.of_changes:
+        return dict(strategy.combine(adapters, weights, draw))
+    changes = Changes(adapters, origin)
+    return changes.added(strategy.combine(changes, weights, changes.draw(draw)))
 
 
 def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updates:

@@ -35,9 +35,9 @@ Epsilon = float | None
 EPSILONS: tuple[Epsilon, ...] = (None, 8.0, 3.0, 1.0)
 SEEDS = (0, 1, 2)
 
-# What the arms share, beyond the defaults of `wardround simulate`.
 _NOTES_FOR_RULES = 12  # of each department
 _EPSILONS_OF_RULES = (None, 8.0, 1.0)
+# What the arms share, beyond the defaults of `wardround simulate`.
 _COMMON = (
     "alignment=none",
     "model.precision=bfloat16",  # half the time of float32 on these cores
@@ -80,6 +80,11 @@ AT_OTHER_RATES: dict[str, tuple[str, ...]] = {  # under the first seed only
 STATISTICS: dict[str, tuple[str, ...]] = {  # under privacy only
     "regmean": ("strategy=regmean",),
     "fisher": ("strategy=fisher",),
+}
+IN_ROUNDS: dict[str, tuple[str, ...]] = {  # with few hospitals, under the first seed only
+    name: (f"strategy={name}",)
+    for name, kind in sorted(strategies().items())
+    if kind.declared.of_changes
 }
 POOLED, ALONE = "pooled", "alone"
 # Every second hospital has an epsilon of 1 whatever the cell's is.
@@ -164,6 +169,9 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
         for name in _MOVING_A:
             for epsilon in EPSILONS:
                 yield Cell(count, f"{name}, rate {_FULL_RATE:g}", epsilon, first, scale)
+    for arm in (name for name in IN_ROUNDS if _merges(name, few)):
+        for epsilon in _EPSILONS_OF_RULES:
+            yield Cell(few, arm, epsilon, first, scale)
     every = [(first, count) for count in hospitals]
     every += [(seed, count) for count in hospitals for seed in others]
     for seed, count in every:
@@ -175,6 +183,14 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
         for arm in STATISTICS:
             for epsilon in EPSILONS[1:]:
                 yield Cell(count, arm, epsilon, seed, scale)
+
+
+def _merges(strategy: str, count: int) -> bool:
+    try:
+        create(strategy).require_count(count)
+    except MergeError:
+        return False
+    return True
 
 
 def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -> list[Result]:
@@ -211,7 +227,8 @@ def settings(cell: Cell, hospitals: int) -> RunSettings:
 
     A pooled site takes the same steps on all the notes: its sums are as much larger as the divisor.
     """
-    chosen = {**ARMS, **AT_OTHER_RATES, **MIXED, **STATISTICS}.get(cell.arm, ARMS["fedsvd"])
+    arms = {**ARMS, **AT_OTHER_RATES, **MIXED, **STATISTICS, **IN_ROUNDS}
+    chosen = arms.get(cell.arm, ARMS["fedsvd"])
     scale = cell.scale
     own = [
         f"seed={cell.seed}",
@@ -269,7 +286,7 @@ def _measured(cell: Cell) -> Result:
 
 
 def _by_other_rules(ended: Outcome) -> Iterator[tuple[str, Adapter]]:
-    """The last round merged by every strategy that takes what was sent, with its defaults."""
+    """What was sent last, merged whole, as without rounds, by every strategy that takes it."""
     weights = [1 / len(ended.sent)] * len(ended.sent)
     rules: dict[str, tuple[str, dict[str, str]]] = {
         name: (name, {})

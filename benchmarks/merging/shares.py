@@ -18,6 +18,7 @@ from benchmarks.merging.quality import (
     ARMS,
     AT_OTHER_RATES,
     EPSILONS,
+    IN_ROUNDS,
     MIXED,
     POOLED,
     STATISTICS,
@@ -56,7 +57,7 @@ def rows(results: Sequence[Result], hospitals: int) -> list[Row]:
     if not reference:
         return []
     found = []
-    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE, *AT_OTHER_RATES):
+    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE, *IN_ROUNDS, *AT_OTHER_RATES):
         for epsilon in EPSILONS:
             measured = _of(own, arm, epsilon)
             if measured:

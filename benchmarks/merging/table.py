@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure as Drawing
 from rich.table import Table
 
-from benchmarks.merging.quality import AT_OTHER_RATES, EPSILONS, Epsilon, Result
+from benchmarks.merging.quality import AT_OTHER_RATES, EPSILONS, IN_ROUNDS, Epsilon, Result
 from benchmarks.merging.shares import Figure, Row, rows
 
 GOALS: dict[Epsilon, float] = {8.0: 0.85, 3.0: 0.60, 1.0: 0.30}  # shares, with four hospitals
@@ -62,16 +62,17 @@ def figures(found: Sequence[Row], hospitals: int) -> dict[str, float]:
 def draw(results: Sequence[Result], file: Path) -> None:
     """Share of the non-private gain by strategy and epsilon, one panel a number of hospitals.
 
-    Dotted lines are the goals, at four hospitals. Rates that suit an arm less are left out. Where
-    one arm alone was measured there is nothing to compare, and no panel.
+    Dotted lines are the goals, at four hospitals. Rates that suit an arm less are left out, and
+    rules that are no means, which the table has. Where one arm alone was measured there is nothing
+    to compare, and no panel.
     """
     everything = {n: rows(results, n) for n in sorted({r.cell.hospitals for r in results})}
     counts = [n for n, own in everything.items() if len({row.arm for row in own}) > 1]
     if not counts:
         return
+    left_out = AT_OTHER_RATES.keys() | IN_ROUNDS.keys()
     found = {
-        n: [row for row in everything[n] if row.share and row.arm not in AT_OTHER_RATES]
-        for n in counts
+        n: [row for row in everything[n] if row.share and row.arm not in left_out] for n in counts
     }
     arms = list(dict.fromkeys(row.arm for n in counts for row in found[n]))
     drawing = Drawing(figsize=(5 * len(counts) + 2, 4), layout="constrained")

@@ -78,12 +78,12 @@ def _adapters(
                 place = folder / "adapter" if output == "both" else folder
                 name = base_name(opened, todo.base_model)
                 saved.save(place, name, kept)
-            prints = None
+            folded = None
             if base is not None and tokenizer is not None:
                 place = _made(folder / "model" if output == "both" else folder)
-                prints = fold_adapter(base, saved, place, dtype, lambda: progress.advance(bar))
+                folded = fold_adapter(base, saved, place, dtype, lambda: progress.advance(bar))
                 copy_rest(place, base, tokenizer, dtype)
-        report = of_adapters(recipe, todo, opened, found, exact, saved, prints)
+        report = of_adapters(recipe, todo, opened, found, exact, saved, folded)
         write_report(folder, report, began)
         return report
 

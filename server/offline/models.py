@@ -13,6 +13,7 @@ their papers: there the weighted mean is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ class ModelMerge:
         if not torch.isfinite(update).all():
             raise MergeError(f"{self._plan.strategy.name} gave NaN or infinity in {name}")
         result = update if origin is None else origin + update
-        saved = result.reshape(header.shape).to(dtype or header.dtype)
+        saved = _fitting(name, result.reshape(header.shape), dtype or header.dtype)
         figures.merged(name, gram(parts), float(update.norm()))
         figures.rounded(float((saved.reshape(result.shape).double() - result).norm()), result)
         figures.out(name, saved)
@@ -141,32 +142,60 @@ class ModelMerge:
         return update * self._factors[name]
 
 
+@dataclass(frozen=True)
+class Folded:
+    """Fingerprints of the base model and of the result, and how much of the update was lost.
+
+    ``rounding`` is the Frobenius norm of what the weights' type could not hold, relative to that of
+    the update, over all layers.
+    """
+
+    base: str
+    result: str
+    rounding: float
+
+
 def fold_adapter(
     base: ModelFolder, adapter: Adapter, folder: Path, dtype: torch.dtype | None, step: Step
-) -> tuple[str, str]:
+) -> Folded:
     """Write the base model with the adapter's update added to its weights, float64 inside.
 
-    Returns the fingerprints of the base model and of the result. Raises MergeError when the model
-    lacks a layer of the adapter or has it in another shape.
+    Raises MergeError when the model lacks a layer of the adapter or has it in another shape, or
+    when a sum is beyond what ``dtype`` (None: the type that the weight has) can hold.
     """
     targets = _weights_of(base, adapter)
     before, after = Fingerprint(), Fingerprint()
+    lost = size = 0.0
 
     def make(name: str) -> Tensor:
+        nonlocal lost, size
         stored = base.tensor(name)
         before.add(name, stored)
-        if name in targets:
-            update, transposed = targets[name]
-            dense = update.to(torch.float64).dense()
-            stored = (stored.double() + (dense.T if transposed else dense)).to(stored.dtype)
         if stored.is_floating_point():
-            stored = stored.to(dtype or stored.dtype)
+            kind, exact = dtype or stored.dtype, stored
+            if name in targets:
+                update, transposed = targets[name]
+                dense = update.to(torch.float64).dense()
+                exact = stored.double() + (dense.T if transposed else dense)
+            stored = _fitting(name, exact, kind)
+            if name in targets:
+                lost += float((stored.double() - exact).norm()) ** 2
+                size += update.norm() ** 2
         after.add(name, stored)
         step()
         return stored
 
     write_weights(folder, _saved_as(base.headers, dtype), make)
-    return before.hex(), after.hex()
+    return Folded(before.hex(), after.hex(), (lost / size) ** 0.5 if size else 0.0)
+
+
+def _fitting(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exact`` in that type. Raises MergeError where a number is too large for it."""
+    stored = exact.to(dtype)
+    if not torch.isfinite(stored).all():
+        kind = str(dtype).removeprefix("torch.")
+        raise MergeError(f"{name} has numbers beyond {kind}; say dtype: bfloat16 or float32")
+    return stored
 
 
 def require_fit(base: ModelFolder, adapter: Adapter) -> None:

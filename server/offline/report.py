@@ -19,7 +19,7 @@ from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, gram
 from server.offline.adapters import AdapterFolder, kept_by_layer, size_bytes
 from server.offline.figures import Figures
-from server.offline.models import ModelMerge
+from server.offline.models import Folded, ModelMerge
 from server.offline.plan import Plan
 from server.offline.recipe import Recipe
 from server.run_folder import write_atomically
@@ -27,6 +27,7 @@ from strategies.base import deltas
 from strategies.merging import Merge, mean_cosine
 
 REPORT = "merge_report.json"
+_MUCH = 0.01  # of an update lost by folding it into weights: worth a word
 _PACKAGES = ("wardround", "torch", "safetensors", "peft", "transformers")
 
 
@@ -37,12 +38,12 @@ def of_adapters(
     found: Merge,
     exact: int,
     saved: Adapter,
-    models: tuple[str, str] | None,
+    folded: Folded | None,
 ) -> dict[str, Any]:
     """The report on merged adapters.
 
-    ``exact`` is the rank that loses nothing; ``saved`` the adapter as it is written; ``models`` the
-    fingerprints of the base model and of the merged model, where one was written.
+    ``exact`` is the rank that loses nothing; ``saved`` the adapter as it is written; ``folded``
+    tells of the merged model, where one was written.
     """
     inputs = [
         {
@@ -57,9 +58,9 @@ def of_adapters(
     output: dict[str, Any] = {"adapter": {"fingerprint": saved.fingerprint()}}
     output["adapter"] |= {"rank": saved.spec.rank, "exact": saved.spec.rank == exact}
     base = None
-    if models is not None:
-        base = {"model": plan.base_model, "fingerprint": models[0]}
-        output["model"] = {"fingerprint": models[1]}
+    if folded is not None:
+        base = {"model": plan.base_model, "fingerprint": folded.base}
+        output["model"] = {"fingerprint": folded.result, "rounding": folded.rounding}
     elif plan.base_model is not None:
         base = {"model": plan.base_model}
     figures = {
@@ -72,6 +73,11 @@ def of_adapters(
     about = "updates of adapters"
     layers = _layers(plan, opened, found)
     notes = _grown(opened, found, saved) if saved.spec.rank == exact else []
+    if folded is not None and folded.rounding > _MUCH:
+        notes.append(
+            f"folded into the model's weights the update lost {_percent(folded.rounding)} to "
+            "rounding; dtype: float32 keeps it"
+        )
     return _report(recipe, plan, about, base, inputs, output, figures, layers, notes)
 
 
@@ -99,10 +105,10 @@ def summary(report: Mapping[str, Any], folder: Path) -> list[str]:
     made, output = [], report["output"]
     for kind in ("adapter", "model"):
         if kind in output:
-            place = folder / kind if len(output) > 1 else folder
-            size = _megabytes(sum(f.stat().st_size for f in place.glob("*.safetensors")))
+            place = folder / kind if (folder / kind).exists() else folder
+            size = sum(f.stat().st_size for f in place.glob(f"{kind}*.safetensors"))
             rank = f" of rank {output[kind]['rank']}" if kind == "adapter" else ""
-            made.append(f"{kind}{rank}, {size}")
+            made.append(f"{kind}{rank}, {_megabytes(size) if size else 'folded in'}")
     kept = report["figures"].get("kept_energy", 1.0)
     if kept < 1 - 1e-6:
         made.append(f"keeps {_percent(kept)} of the squared norm in the layer that loses most")
@@ -149,7 +155,7 @@ def _grown(opened: Sequence[AdapterFolder], found: Merge, saved: Adapter) -> lis
     """A warning when the exact adapter is larger than all that went into it."""
     ranks, size = [one.adapter.spec.rank for one in opened], sum(one.size for one in opened)
     own = size_bytes(saved)
-    if saved.spec.rank <= sum(ranks) and own <= size:
+    if own <= size:
         return []
     kept = min(kept_by_layer(found.adapter, max(ranks)).values())
     return [

@@ -1,0 +1,88 @@
+"""What a round has changed: every hospital's update less the one that all of them began with.
+
+    dW_k - dW_0,  and the merge of these is added to dW_0
+
+A rule that shortens, thins out, bounds or turns updates must act on a round's changes. On whole
+updates it would act in every round once more on what earlier rounds have merged: a sum of K updates
+grows K-fold each round, a scaling by depth fades the lower layers away, and a bound on norms bounds
+nothing once the adapter is longer than any step. Means are the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, overload
+
+import torch
+
+from adapters.adapter import Adapter, AdapterSpec
+from adapters.lowrank import Dense, LowRank, stack
+from strategies.base import Draw, Noise
+from strategies.sums import ProductSum, Update, Updates
+
+
+class Changes(Sequence[Adapter]):
+    """``adapters`` less ``origin``, one at a time; as many are in memory as are asked for.
+
+    Where all share a factor with ``origin`` a change has their rank, else the sum of both ranks.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], origin: Adapter) -> None:
+        self._adapters, self._origin = adapters, origin
+        shared = {"A", "B"}
+        for adapter in adapters:
+            shared = {factor for factor in shared if _shares(adapter, origin, factor)}
+        self._shared = min(shared, default=None)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    @overload
+    def __getitem__(self, index: int) -> Adapter: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Adapter]: ...
+    def __getitem__(self, index: int | slice) -> Adapter | Sequence[Adapter]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._since(self._adapters[index])
+
+    def draw(self, draw: Draw) -> Draw:
+        """The same round, which began from nothing."""
+        if draw.noise is None:
+            return draw
+        return replace(draw, noise=Noise(self._since(draw.noise.start), draw.noise.stds))
+
+    def added(self, merged: Mapping[str, Update]) -> Updates:
+        """``merged`` changes and ``origin`` together, by layer."""
+        together = {}
+        for name, update in merged.items():
+            total = ProductSum()
+            total.add(update if isinstance(update, LowRank) else Dense(update), 1.0)
+            total.add(self._origin.layers[name].to(torch.float64), self._origin.spec.scale)
+            together[name] = total.take()
+        return together
+
+    def _since(self, adapter: Adapter) -> Adapter:
+        ratio = self._origin.spec.scale / adapter.spec.scale
+        layers = {}
+        for name, layer in adapter.layers.items():
+            own, before = layer.to(torch.float64), self._origin.layers[name].to(torch.float64)
+            if self._shared == "A":
+                layers[name] = LowRank(own.B - ratio * before.B, own.A)
+            elif self._shared == "B":
+                layers[name] = LowRank(own.B, own.A - ratio * before.A)
+            else:
+                layers[name] = stack([own, before * -ratio])
+        rank = next(iter(layers.values())).rank
+        spec = adapter.spec
+        return replace(
+            adapter, spec=AdapterSpec(rank, spec.scale * rank, spec.targets), layers=layers
+        )
+
+
+def _shares(adapter: Adapter, origin: Adapter, factor: Literal["A", "B"] | str) -> bool:
+    return all(
+        getattr(layer, factor).equal(getattr(origin.layers[name], factor))
+        for name, layer in adapter.layers.items()
+    )
