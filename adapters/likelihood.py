@@ -20,7 +20,7 @@ _CHUNK = 2048  # tokens whose logits exist at a time
 def pad_right(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
     """Token rows -> ids (n, T) and lengths (n); ``fill`` is never read by the loss."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    ids = torch.full((len(rows), int(lengths.max())), fill, dtype=torch.long)
+    ids = torch.full((len(rows), max(1, int(lengths.max()))), fill, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return ids, lengths

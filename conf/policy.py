@@ -57,7 +57,7 @@ class PrivacyLimits(Settings):
     required: bool = True  # False only where every patient is simulated or public
     unit: Literal["patient", "note"] = "patient"
     epsilon: Positive
-    delta: Annotated[float, Field(ge=1e-12, lt=0.01)]
+    delta: Annotated[float, Field(ge=1e-10, lt=0.01)]  # below, PLDs lose digits
     min_noise_multiplier: Annotated[float, Field(ge=0, le=100)] = 0.5  # a floor, not a wish
     max_sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_clip_norm: Annotated[float, Field(gt=0, le=MAX_CLIP_NORM)] = 10.0

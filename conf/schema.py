@@ -86,7 +86,7 @@ class PrivacySettings(Settings):
     enabled: bool
     unit: Literal["patient", "note"]
     epsilon: Positive
-    delta: Annotated[float, Field(ge=1e-12, lt=0.01)]
+    delta: Annotated[float, Field(ge=1e-10, lt=0.01)]  # below, PLDs lose digits
     # Not so small that steps of the grids it defines could underflow: an error would tell of notes.
     clip_norm: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]
     sampling_rate: Annotated[float, Field(gt=0, le=1)]

@@ -66,17 +66,23 @@ def per_note_gradients(model: PeftModel, engine: Engine = "fast") -> Iterator[No
 def _checkpoints(model: PeftModel) -> Iterator[None]:
     """Let layers recompute their activations where the model was told to (they do it in training).
 
-    Only the checkpointed layers themselves go into training mode, so dropout stays off.
+    Only the checkpointed layers themselves go into training mode, and those that drop out by a rate
+    of their own (OPT's do) have it set to zero: masks would be drawn in the order of the batch.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    before = [layer.training for layer in layers]
-    for layer in layers:
-        layer.training = True
+    changes = [
+        (layer, name, value)
+        for layer in layers
+        for name, value in vars(layer).items()
+        if name == "training" or ("drop" in name and isinstance(value, float))
+    ]
+    for layer, name, _ in changes:
+        setattr(layer, name, True if name == "training" else 0.0)
     try:
         yield
     finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+        for layer, name, value in changes:
+            setattr(layer, name, value)
 
 
 Route = tuple[Callable[[Tensor, Tensor], None], Callable[[], dict[str, Tensor]]]

@@ -115,7 +115,7 @@ def test_settings_cannot_be_changed(valid: dict[str, Raw], name: str) -> None:
         ("adapter.train", ["B"], ["C", ""]),
         ("privacy.unit", ["patient", "note"], ["site", "Patient"]),
         ("privacy.epsilon", [0.01, 100], [0, -3, float("inf"), float("nan"), "eight"]),
-        ("privacy.delta", [1e-9], [0, 0.01, 1]),
+        ("privacy.delta", [1e-10, 1e-9], [0, 9e-11, 0.01, 1]),
         ("privacy.clip_norm", [1e-4, 16], [0, 5e-324, 9e-5, 16.1, float("inf")]),
         ("privacy.sampling_rate", [1e-3, 1], [0, 1.01]),
         ("privacy.denominator", [1], [0, 1.5]),

@@ -120,6 +120,7 @@ def test_the_loss_of_a_unit_is_the_mean_of_its_notes_and_depends_on_no_other(
     together = unit_losses(model, [rows[:2], rows[2:]])
     assert together == pytest.approx([sum(single[:2]) / 2, sum(single[2:]) / 2], rel=1e-5)
     assert unit_losses(model, [rows[2:], rows[:2]]) == together[::-1]  # to the last bit
+    assert unit_losses(model, [[[]], [rows[0]]]) == [0.0, single[0]]  # no token, no failure
     assert unit_losses(model, []) == []
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from adapters import lora
 from adapters.adapter import AdapterSpec
@@ -127,6 +134,20 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model: Path, reentr
     # Two for the probe of the loss, one forward, one again on the way back.
     assert len(passes) == 4
     assert not any(m.training for m in model.modules())
+
+
+def test_recomputed_layers_drop_nothing_out() -> None:
+    """OPT's layers drop out by a rate of their own whenever they are in training mode."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
+        max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.5,
+    )  # fmt: skip
+    base = OPTForCausalLM(config).eval().requires_grad_(False)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = adapted(base, target_modules=["q_proj", "v_proj"])
+    assert worst(model, loop(model, ROWS)) < 2e-6
+    assert [layer.dropout for layer in base.model.decoder.layers] == [0.5, 0.5]
 
 
 def test_gpt2_layers(tiny_model: Path) -> None:
