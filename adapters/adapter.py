@@ -8,7 +8,6 @@ scale = alpha / rank; factors are kept here exactly as PEFT stores them and the 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,11 @@ from torch import Tensor
 
 from adapters.chosen_layers import chosen_layers
 from adapters.lowrank import LowRank, stack
+from adapters.peft_config import NAME, read_config
 from adapters.tensor_file import write_tensors
 from conf.schema import AdapterSettings, Layers
 
 _PREFIX = "base_model.model."
-_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # of PEFT's, those that leave W0 as it is
 
 
 @dataclass(frozen=True)
@@ -160,58 +159,31 @@ class Adapter:
         return digest.hexdigest()
 
     def save(self, folder: Path, base_model: str = "", dtype: torch.dtype = torch.float32) -> Path:
-        """Write a PEFT adapter folder; the tensors come last, durable and whole. Raises OSError."""
+        """Write a PEFT adapter folder, durably; the tensors come last and whole. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         config = replace(self.spec, targets=self.modules, layers=None).peft_config(base_model)
         config.inference_mode = True
         config.save_pretrained(str(folder))
+        _to_disk(folder / NAME)
         flat = {_PREFIX + k: v.detach().to(dtype).contiguous() for k, v in self.tensors().items()}
         part = folder / "adapter_model.safetensors.part"
         write_tensors(flat, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(part)
         part.replace(folder / "adapter_model.safetensors")
+        _to_disk(folder)
         return folder
 
     @staticmethod
     def load(folder: Path) -> Adapter:
         """Read a PEFT LoRA folder.
 
-        The scale of an rsLoRA adapter is folded into alpha. Raises ValueError for what the algebra
-        cannot represent: DoRA, aLoRA, QALoRA, KaSA, block-diagonal LoRA, LoRA bias, rank patterns,
-        copied layers, modules or bare parameters beside the factors, or a start (PiSSA and the
-        like) that changes the base weights; also for a file that is cut or no safetensors.
-        FileNotFoundError when a file is absent.
+        The scale of an rsLoRA adapter is folded into alpha. Where modules are chosen by a pattern,
+        by exclusion or by layer, the targets are the paths of all that have factors. Raises
+        ValueError for what the algebra cannot represent (see ``adapters.peft_config``), and for a
+        file that is cut or no safetensors; FileNotFoundError when a file is absent.
         """
-        config = json.loads((folder / "adapter_config.json").read_text())
-        if (kind := config.get("peft_type", "LORA")) != "LORA":
-            raise ValueError(f"{folder}: is {kind}, and only LoRA is merged")
-        for key in (
-            "use_dora",
-            "lora_bias",
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "layer_replication",
-            "alora_invocation_tokens",  # active behind these tokens only
-            "use_qalora",
-            "kasa_config",
-            "use_bdlora",
-            "target_parameters",
-        ):
-            if config.get(key):
-                raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")
-        start = config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower() not in _STARTS:
-            raise ValueError(
-                f"{folder}: init_lora_weights={start} changes the base model's weights on loading, "
-                "so its factors are no update of them; have PEFT save it with "
-                "path_initial_model_for_weight_conversion, or merge it into whole models"
-            )
-        targets = config["target_modules"]
-        names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-        alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
-        spec = AdapterSpec(config["r"], alpha, names)
+        config = read_config(folder)
+        spec = AdapterSpec(config.r, config.alpha, config.targets or ())
         try:
             tensors = load_file(folder / "adapter_model.safetensors")
         except SafetensorError:
@@ -219,9 +191,18 @@ class Adapter:
         loaded = Adapter.from_tensors(
             {k.removeprefix(_PREFIX): v for k, v in tensors.items()}, spec
         )
-        if config.get("layers_to_transform") is not None:  # the names say which
+        if config.targets is None:  # the names of its factors say which
             return Adapter(replace(spec, targets=tuple(sorted(loaded.layers))), loaded.layers)
         return loaded
+
+
+def _to_disk(path: Path) -> None:
+    """Return once a file, or the entries of a folder, would outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:

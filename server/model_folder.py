@@ -69,7 +69,8 @@ class ModelFolder:
         if (path / _INDEX).exists():
             try:
                 names = sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+                names = [str(Path(name)) for name in names]
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise MergeError(f"{typed}: {_INDEX} is broken") from None
         files, headers = {}, {}
         for name in names:
@@ -90,9 +91,10 @@ class ModelFolder:
     @property
     def heads(self) -> int | None:
         """Attention heads, which the shapes of weights do not tell; None where it does not say."""
-        for config in (self.config, self.config.get("text_config") or {}):
+        inner = self.config.get("text_config")
+        for config in (self.config, inner if isinstance(inner, dict) else {}):
             for key in ("num_attention_heads", "n_head"):
-                if key in config:
+                if isinstance(config.get(key), int):
                     return int(config[key])
         return None
 

@@ -20,7 +20,7 @@ from adapters.adapter import Adapter
 from adapters.statistics import Statistic
 from strategies.base import Declaration, Draw, MergeError, Strategy, Update
 
-_DEPTH = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_DEPTH = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 class Lines(Strategy):

@@ -140,7 +140,9 @@ class Space:
         parameters = self.strategy.model_dump(mode="json")
         for name, value in values.items():
             outer, _, inner = name.rpartition(".")
-            own = parameters[outer] if outer else parameters
+            own = parameters
+            for part in outer.split(".") if outer else ():
+                own = own.setdefault(part, {})
             key, _, number = inner.partition(" ")
             if number:
                 own[key][int(number)] = value

@@ -7,17 +7,16 @@ the best approximation of that rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
 
 import torch
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank
+from adapters.peft_config import read_config
 from server.offline.plan import Plan
 from strategies.base import Draw, MergeError
 from strategies.merging import Merge, merge
@@ -38,23 +37,22 @@ class AdapterFolder:
     def open(cls, typed: str) -> AdapterFolder:
         """Read a PEFT folder. Raises MergeError naming the folder and what is wrong with it."""
         folder = Path(typed)
-        config = _config(folder, typed)
         try:
-            stored = Adapter.load(folder)
-        except FileNotFoundError:
-            raise MergeError(f"{typed}: adapter_model.safetensors is absent") from None
+            config, stored = read_config(folder), Adapter.load(folder)
+        except OSError as problem:
+            name = Path(problem.filename or "adapter_model.safetensors").name
+            raise MergeError(f"{typed}: {name} is absent or cannot be read") from None
         except ValueError as problem:
             said = str(problem).removeprefix(f"{folder}: ")
             raise MergeError(f"{typed}: {said}") from None
         layers = {name: layer.to(torch.float64) for name, layer in stored.layers.items()}
         if not layers:
             raise MergeError(f"{typed}: holds no factors")
-        partial = config.get("layers_to_transform") is not None
         return cls(
             typed,
             Adapter(stored.spec, layers),
-            config.get("base_model_name_or_path") or "",
-            not partial and all(n.endswith(stored.spec.targets) for n in layers),
+            config.base_model_name_or_path or "",
+            config.targets is not None and all(n.endswith(config.targets) for n in layers),
             stored.fingerprint(),
             size_bytes(stored),
         )
@@ -160,20 +158,6 @@ def _norm(adapter: Adapter) -> float:
 def _negative(adapter: Adapter) -> Adapter:
     layers = {name: LowRank(-layer.B, layer.A) for name, layer in adapter.layers.items()}
     return Adapter(adapter.spec, layers)
-
-
-def _config(folder: Path, typed: str) -> dict[str, Any]:
-    """The adapter's configuration, of a LoRA and with all that is needed. Raises MergeError."""
-    try:
-        config = dict(json.loads((folder / "adapter_config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise MergeError(f"{typed}: adapter_config.json is absent or broken") from None
-    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if not config.get(key):
-            raise MergeError(f"{typed}: adapter_config.json says no {key}")
-    if config["peft_type"] != "LORA":
-        raise MergeError(f"{typed}: is {config['peft_type']}, and only LoRA is merged")
-    return config
 
 
 def _differ(one: str, other: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,76 @@ def test_what_the_algebra_cannot_represent_is_refused(
     get_peft_model(load(tiny_model), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=next(iter(option))):
         Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": r".*\.(q_proj|down_proj)"},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["layers.0.mlp.down_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_modules_that_no_name_alone_chooses_are_named_by_their_paths(
+    tiny_model: Path, tmp_path: Path, chosen: dict[str, object]
+) -> None:
+    """PEFT loads what is saved of it again, with no factor missing and none too many."""
+    live = get_peft_model(load(tiny_model), LoraConfig(r=2, task_type="CAUSAL_LM", **chosen))
+    live.save_pretrained(tmp_path / "theirs")
+    adapter = Adapter.load(tmp_path / "theirs")
+    assert adapter.spec.targets == tuple(sorted(adapter.layers))
+    adapter.save(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = PeftModel.from_pretrained(load(tiny_model), tmp_path / "ours")
+    names = {n for n, _ in again.named_parameters() if "lora_A" in n}
+    assert names == {n for n, _ in live.named_parameters() if "lora_A" in n}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", "16"),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", None),
+        ("r", 4.5),
+        ("r", -4),
+        ("target_modules", 5),
+        ("target_modules", [5]),
+        ("base_model_name_or_path", 5),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_by_key(
+    tiny_model: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    random_adapter(load(tiny_model), 1).save(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json(:| says no) {key}"):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+def test_a_configuration_that_is_broken_is_refused(
+    tiny_model: Path, tmp_path: Path, text: str
+) -> None:
+    random_adapter(load(tiny_model), 1).save(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is broken"):
+        Adapter.load(tmp_path)
+
+
+def test_what_is_saved_outlasts_a_power_cut(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    random_adapter(load(tiny_model), 1).save(tmp_path / "saved")
+    assert synced == ["adapter_config.json", "adapter_model.safetensors.part", "saved"]
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])

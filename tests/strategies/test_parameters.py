@@ -71,3 +71,17 @@ def test_a_strategy_follows_only_trainings_whose_frozen_part_it_keeps(
     with pytest.raises(ConfigError) as problem:
         create(name, train=train)
     assert str(problem.value).startswith(f"adapter.train={train}: {said}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.layers.{}.self_attn.q_proj",
+        "transformer.h.{}.attn.c_attn",
+        "bert.encoder.layer.{}.attention.self.query",
+        "encoder.block.{}.layer.0.SelfAttention.q",
+    ],
+)
+def test_lines_knows_the_depth_of_a_layer_by_its_path(path: str) -> None:
+    names = [path.format(number) for number in range(3)]
+    assert list(create("lines").factors(names).values()) == [0.5, 0.75, 1.0]  # type: ignore[attr-defined]

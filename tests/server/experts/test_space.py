@@ -70,6 +70,10 @@ def test_the_parameters_of_a_wrapped_strategy_are_set_in_place() -> None:
     assert candidate is not None
     assert candidate.parameters["parameters"]["density"] == pytest.approx(0.999)
     assert candidate.parameters["of"] == "ties"
+    twice = Space.of(create("lines", {"of": "lines", "parameters": {"of": "ties"}}), 2)
+    found = twice.candidate(twice.start)
+    assert found is not None
+    assert found.parameters["parameters"]["parameters"]["density"] == pytest.approx(0.2)
 
 
 @given(at=st.floats(0, 1), low=st.floats(0.001, 1), ratio=st.floats(2, 1e4))
