@@ -150,13 +150,15 @@ class Svd:
         """Best approximation of at most the given rank, as B = U S and A = Vh (orthonormal rows).
 
         When rank exceeds the number of singular values the factors are padded: B with zeros and A
-        with further orthonormal rows, so that every row of A can still be trained against.
+        with further orthonormal rows, so that every row of A can still be trained against; beyond
+        the input width, where there are no more, with zeros.
         """
         k = min(rank, self.U.shape[1])
         B, A = self.U[:, :k] * self.S[:k], self.Vh[:k]
         if k < rank:
             B = torch.cat([B, B.new_zeros(B.shape[0], rank - k)], dim=1)
-            A = torch.cat([A, _complement(A, rank - k)])
+            free = min(rank, A.shape[1]) - k
+            A = torch.cat([A, _complement(A, free), A.new_zeros(rank - k - free, A.shape[1])])
         return LowRank(B, A)
 
     def kept_energy(self, rank: int) -> float:
@@ -249,10 +251,9 @@ def gram(parts: Sequence[LowRank]) -> Tensor:
 
 def _complement(rows: Tensor, count: int) -> Tensor:
     """``count`` orthonormal rows orthogonal to the given orthonormal rows; deterministic."""
-    have, n = rows.shape
-    if have + count > n:
-        raise ValueError(f"rank {have + count} exceeds the input width {n}")
-    start = torch.randn(n, count, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+    start = torch.randn(
+        rows.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=rows.dtype
+    )
     for _ in range(2):  # twice: one projection alone loses orthogonality to rounding
         start = start - rows.T @ (rows @ start)
     return torch.linalg.qr(start).Q.T

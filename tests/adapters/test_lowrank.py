@@ -139,6 +139,11 @@ def test_updates_of_different_shapes_are_refused() -> None:
         stack([draw_update(3, 4, 2, 0), draw_update(4, 3, 2, 0)])
 
 
-def test_more_rank_than_the_input_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="exceeds the input width"):
-        svd(draw_update(9, 3, 2, 0)).truncate(4)
+def test_rank_beyond_the_input_width_is_filled_with_zeros() -> None:
+    update = draw_update(9, 3, 2, 0)
+    cut = svd(update).truncate(5)
+    assert cut.rank == 5
+    assert torch.allclose(cut.dense(), update.to(torch.float64).dense())
+    assert torch.allclose(cut.A[:3] @ cut.A[:3].T, torch.eye(3, dtype=torch.float64))
+    assert not cut.A[3:].any()
+    assert not cut.B[:, 2:].any()
