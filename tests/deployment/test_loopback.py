@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-PLAN = ("privacy=none", "adapter.rank=4", "privacy.max_tokens=32", "federation.timeout_s=200")
+PLAN = (
+    "privacy=none", "adapter.rank=4", "privacy.max_tokens=32", "federation.rounds=2",
+    "federation.timeout_s=200",
+)  # fmt: skip
 
 
 def admit(loopback: Loopback, *sites: str) -> None:
