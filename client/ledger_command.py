@@ -108,7 +108,8 @@ def _plan(command: LedgerCommand, console: Console) -> None:
         sigma = _noise(wanted, steps, history, beside, policy)
     except BudgetExhausted as problem:
         raise LedgerError(f"the plan does not fit: {problem}") from None
-    if sigma == limits.min_noise_multiplier:
+    if sigma < limits.min_noise_multiplier:
+        sigma = limits.min_noise_multiplier
         console.print(f"noise is raised to {sigma:g}, privacy.min_noise_multiplier of the policy")
     planned = (*history, GaussianSteps(wanted.sampling_rate, sigma, steps))
     by_rdp = epsilon_rdp(planned, limits.delta)
@@ -132,18 +133,18 @@ def _plan(command: LedgerCommand, console: Console) -> None:
 def _noise(
     wanted: LedgerPlan, steps: int, history: History, beside: History, policy: SitePolicy
 ) -> float:
-    """Noise multiplier of the plan: as asked, or as a round would calibrate it.
+    """Noise multiplier of the plan, before the policy's floor: as asked, or as a round has it.
 
     ``history`` holds what was spent and, last, what the run is charged ``beside`` its steps.
     """
     limits = policy.privacy
     if wanted.noise_multiplier:
-        return max(wanted.noise_multiplier, limits.min_noise_multiplier)
+        return wanted.noise_multiplier
     sigma = calibrate(history, wanted.sampling_rate, steps, limits.epsilon, limits.delta)
     if wanted.epsilon:
         own = calibrate(beside, wanted.sampling_rate, steps, wanted.epsilon, limits.delta)
         sigma = max(sigma, own)
-    return max(sigma, limits.min_noise_multiplier)
+    return sigma
 
 
 def _export(command: LedgerCommand, console: Console) -> None:

@@ -31,6 +31,8 @@ def preflight(file: Path) -> SitePolicy:
         _require_ledger(policy)
     except (NotesError, ModelError, LedgerError) as problem:
         raise SiteError(f"{file}: {problem}") from None
+    except OSError as problem:
+        raise SiteError(f"{file}: {problem.filename}: {problem.strerror}") from None
     return policy
 
 
@@ -52,7 +54,10 @@ def _require_ledger(policy: SitePolicy) -> None:
         with Ledger.of(policy) as ledger:
             ledger.entries()
         return
-    folder = policy.ledger.absolute().parent
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise LedgerError(f"ledger={policy.ledger}: this account may not write in {there}")
+    for key in ("ledger", "site_key", "anchor"):
+        if (path := getattr(policy, key)) is None:
+            continue
+        folder = path.absolute().parent
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise LedgerError(f"{key}={path}: this account may not write in {there}")

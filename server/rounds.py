@@ -103,7 +103,9 @@ def federate(
             draw = Draw(folder.name, number, _noise(plan, sent.only(moved), accepted))
             own = folder.adapters(number, [a.site for a in accepted], moved)
             caught = sum(isinstance(o, LeftOut) and o.lied for o in outcomes.values())
-            merged = merge(strategy.after(caught), own, weights, draw, origin=sent.only(moved))
+            merged = merge(
+                strategy.after(caught, len(nodes)), own, weights, draw, origin=sent.only(moved)
+            )
         except MergeError as problem:
             raise RoundFailed(f"round {number}: {problem}") from None
         if merged.adapter.largest() > LARGEST:

@@ -121,8 +121,8 @@ class Strategy(Settings):
         Raises MergeError.
         """
 
-    def after(self, caught: int) -> Strategy:
-        """The same in a round that has left out ``caught`` hospitals because they lied.
+    def after(self, caught: int, asked: int) -> Strategy:
+        """The same in a round that left out ``caught`` of ``asked`` hospitals because they lied.
 
         Of those that a robust rule must bear, there are so many fewer among the others.
         """

@@ -73,7 +73,7 @@ class Changes(Sequence[Adapter]):
             elif self._shared == "B":
                 layers[name] = LowRank(own.B, own.A - ratio * before.A)
             else:
-                layers[name] = stack([own, before * -ratio])
+                layers[name] = stack([before * -ratio, own])  # in the same columns everywhere
         rank = next(iter(layers.values())).rank
         spec = adapter.spec
         return replace(

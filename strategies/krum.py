@@ -44,7 +44,7 @@ class Krum(FromInnerProducts):
                 f"at most {count - self.liars} can be chosen"
             )
 
-    def after(self, caught: int) -> Krum:
+    def after(self, caught: int, asked: int) -> Krum:
         """See ``Strategy.after``."""
         return self.model_copy(update={"liars": max(0, self.liars - caught)})
 

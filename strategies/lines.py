@@ -35,7 +35,7 @@ class Lines(Strategy):
     first: Annotated[float, Field(ge=0, le=10)] = 0.5
     last: Annotated[float, Field(ge=0, le=10)] = 1.0
     blocks: Annotated[int, Field(ge=1)] | None = None  # L; None: up to the last adapted one
-    _caught: int = PrivateAttr(0)
+    _round: tuple[int, int] | None = PrivateAttr(None)  # how many were caught, and asked
 
     @property
     def statistics(self) -> Statistic | None:
@@ -56,10 +56,10 @@ class Lines(Strategy):
         """See ``Strategy.require_count``: what the wrapped strategy can merge."""
         self.wrapped.require_count(count)
 
-    def after(self, caught: int) -> Lines:
+    def after(self, caught: int, asked: int) -> Lines:
         """See ``Strategy.after``."""
         same = self.model_copy()
-        same._caught = caught
+        same._round = caught, asked
         return same
 
     def combine(
@@ -75,7 +75,8 @@ class Lines(Strategy):
         """The strategy whose result is scaled."""
         from strategies.registry import create  # which knows this class too
 
-        return create(self.of, self.parameters).after(self._caught)
+        made = create(self.of, self.parameters)
+        return made.after(*self._round) if self._round else made
 
     def factors(self, layers: Iterable[str]) -> dict[str, float]:
         """By what each of these layers is scaled. Raises MergeError as ``combine`` does."""

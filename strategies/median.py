@@ -39,10 +39,11 @@ class Median(Strategy):
         if count < self._fewest:
             raise MergeError(f"{self.name} needs at least {self._fewest} to merge")
 
-    def after(self, caught: int) -> Median:
-        """See ``Strategy.after``."""
+    def after(self, caught: int, asked: int) -> Median:
+        """See ``Strategy.after``. Fewer than half of those that were asked may lie."""
         same = self.model_copy()
-        same._fewest = max(1, 3 - 2 * caught)
+        left = max(0, (asked - 1) // 2 - caught)
+        same._fewest = min(self._fewest, 2 * left + 1)
         return same
 
     def combine(
@@ -71,7 +72,7 @@ class TrimmedMean(Strategy):
         if count < least:
             raise MergeError(f"{self.name} with liars={self.liars} needs at least {least} to merge")
 
-    def after(self, caught: int) -> TrimmedMean:
+    def after(self, caught: int, asked: int) -> TrimmedMean:
         """See ``Strategy.after``."""
         return self.model_copy(update={"liars": max(0, self.liars - caught)})
 

@@ -144,10 +144,10 @@ class ModelMerge:
 
 @dataclass(frozen=True)
 class Folded:
-    """Fingerprints of the base model and of the result, and how much of the update was lost.
+    """Fingerprints of the base model and of the result, and what rounding has cost.
 
     ``rounding`` is the Frobenius norm of what the weights' type could not hold, relative to that of
-    the update, over all layers.
+    the update, over all layers with an update.
     """
 
     base: str
@@ -224,6 +224,8 @@ def _weights_of(base: ModelFolder, adapter: Adapter) -> dict[str, tuple[LowRank,
                 f"{base.typed}: {layer} has shape {base.headers[name].shape}, not {shape} as in "
                 "the adapters"
             )
+        if not base.headers[name].dtype.is_floating_point:
+            raise MergeError(f"{base.typed}: {layer} holds whole numbers, and nothing is folded in")
         found[name] = update, transposed
     return found
 

@@ -75,8 +75,8 @@ def of_adapters(
     notes = _grown(opened, found, saved) if saved.spec.rank == exact else []
     if folded is not None and folded.rounding > _MUCH:
         notes.append(
-            f"folded into the model's weights the update lost {_percent(folded.rounding)} to "
-            "rounding; dtype: float32 keeps it"
+            f"rounding moved the folded weights by {_percent(folded.rounding)} of the update; "
+            "dtype: float32 keeps it"
         )
     return _report(recipe, plan, about, base, inputs, output, figures, layers, notes)
 

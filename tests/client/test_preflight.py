@@ -89,8 +89,10 @@ def test_a_ledger_that_has_vanished_is_known_before_the_first_round(write: Write
 
 
 def test_a_ledger_needs_a_folder_that_can_be_written(write: Write, tmp_path: Path) -> None:
-    line = complaint(write(ledger=str(tmp_path / "notes.jsonl" / "ledger.sqlite")))
-    assert line.endswith(f"may not write in {tmp_path / 'notes.jsonl'}")
+    for key in ("ledger", "site_key", "anchor"):
+        line = complaint(write(**{key: str(tmp_path / "notes.jsonl" / "file")}))
+        assert line.startswith(f"{key}=")
+        assert line.endswith(f"may not write in {tmp_path / 'notes.jsonl'}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

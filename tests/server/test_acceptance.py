@@ -232,7 +232,9 @@ def test_a_hospital_cannot_speak_under_anothers_registered_name() -> None:
     assert accepted(result(GOOD), registered="east").site == "east"
     assert reason(result(GOOD, {"site": "west"}), registered="east") == "calls itself west"
     refusal = answer(pack_refusal("west", "INTERNAL", "internal error"))
-    assert accept(refusal, PLAN, SENT, 7, "east") == LeftOut("east", "refused: INTERNAL")
+    assert accept(refusal, PLAN, SENT, 7, "east") == LeftOut(
+        "east", "refused: INTERNAL", lied=False
+    )
 
 
 def test_a_reply_without_its_records_is_left_out() -> None:
@@ -302,12 +304,16 @@ def test_a_reply_without_the_statistics_is_left_out() -> None:
 def test_an_error_is_named_by_its_number_and_its_text_is_not_repeated() -> None:
     error = answer(Error(code=2, reason="<class 'ValueError'>: 'John Smith was seen today'"))
     assert reason(error) == "no answer (Flower error 2)"
-    assert accept(error, PLAN, SENT, 7, "east") == LeftOut("east", "no answer (Flower error 2)")
+    assert accept(error, PLAN, SENT, 7, "east") == LeftOut(
+        "east", "no answer (Flower error 2)", lied=False
+    )
 
 
 def test_a_refusal_is_recorded_by_its_code_alone() -> None:
     refusal = answer(pack_refusal("east", "BUDGET_EXHAUSTED", "free text with a name in it"))
-    assert accept(refusal, PLAN, SENT, 7) == LeftOut("east", "refused: BUDGET_EXHAUSTED")
+    assert accept(refusal, PLAN, SENT, 7) == LeftOut(
+        "east", "refused: BUDGET_EXHAUSTED", lied=False
+    )
     odd = answer(pack_refusal("../west", "see John Smith: " + "A" * 99, ""))
     outcome = accept(odd, PLAN, SENT, 7)
     assert isinstance(outcome, LeftOut)

@@ -125,9 +125,8 @@ def test_half_of_an_adapter_in_the_last_layer_is_trained_and_the_rest_stays_as_i
                 assert same == (layer not in trained)
         sizes = [size_bytes(pack_result(plan.to_travel(a), {})) for a in own]
         assert record["bytes_up"] == sum(sizes)
-        again = merge(
-            create(name), [a.only(trained) for a in own], [1 / 3] * 3, Draw("run", number)
-        )
+        parts, draw = [a.only(trained) for a in own], Draw("run", number)
+        again = merge(create(name), parts, [1 / 3] * 3, draw, origin=before.only(trained))
         assert again.adapter.fingerprint() == after.only(trained).fingerprint()
         assert record["mean_cosine"] == again.mean_cosine  # of what was trained, not of the rest
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
 from strategies.base import Draw, Noise
 from strategies.changes import Changes
@@ -18,6 +18,7 @@ from tests.strategies.examples import (
     NAMES,
     SHAPES,
     SHARED,
+    TARGETS,
     dense,
     distance,
     equal_weights,
@@ -136,3 +137,22 @@ def test_ranks_and_scales_of_hospitals_may_differ_from_the_origins() -> None:
     for adapter, change in zip(scaled, Changes(scaled, origin), strict=True):
         expected = {n: dense(adapter)[n] - dense(origin)[n] for n in SHAPES}
         assert distance(dense(change), expected) < 1e-6
+
+
+def test_padding_of_lower_ranks_does_not_shift_what_is_subtracted() -> None:
+    """One update in factors of three ranks, as HetLoRA pads them, stays that update."""
+    origin, one = origin_of("lines", False), hospitals(1, 2, False, ranks=(2,))[0]
+    same = []
+    for rank in (2, 3, 4):
+        zeros = {
+            n: LowRank(
+                torch.cat([x.B, torch.zeros(len(x.B), rank - 2)], 1),
+                torch.cat([x.A, torch.zeros(rank - 2, x.A.shape[1])]),
+            )
+            for n, x in one.layers.items()
+        }
+        spec = AdapterSpec(rank, one.spec.scale * rank, TARGETS)
+        same.append(Adapter(spec, zeros))
+    kind = create("lines", {"of": "hetlora", "first": 1.0, "last": 1.0})
+    found = merge(kind, same, equal_weights(same), rank=7, origin=origin).adapter
+    assert distance(dense(found), dense(one)) < 1e-5
