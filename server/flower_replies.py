@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
-from server.acceptance import impossibly_large
+from server.acceptance import LeftOut, impossibly_large
 from strategies.base import Strategy
 from strategies.hetlora import HetLoRA
 from strategies.registry import innermost
@@ -60,15 +60,15 @@ class Good:
 
 def judged(
     replies: Iterable[Message], asked: Iterable[Message], sent: Sent, strategy: Strategy, key: str
-) -> tuple[dict[int, Good], dict[int, str]]:
-    """By node, replies that ``strategy`` can merge, and why the other nodes are left out.
+) -> tuple[dict[int, Good], dict[int, LeftOut]]:
+    """By node, replies that ``strategy`` can merge, and the other nodes, which are left out.
 
     ``key`` names the metric that holds a hospital's weight. A reply belongs to the node that it
     answers for; its sender may be the SuperLink.
     """
     nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in asked}
     good: dict[int, Good] = {}
-    left_out = dict.fromkeys(nodes.values(), "no answer in time")
+    left_out = {n: LeftOut(str(n), "no answer in time", lied=False) for n in nodes.values()}
     inner = innermost(strategy)
     for reply in replies:
         meta = reply.metadata
@@ -78,7 +78,7 @@ def judged(
             weight = weight_of(reply, key)
             good[node] = Good(reply.content, _accepted(reply.content, sent, inner), weight)
         except Unusable as reason:
-            left_out[node] = str(reason)
+            left_out[node] = LeftOut(str(node), str(reason), lied=not reply.has_error())
     left_out |= _moved_what_was_frozen(good, sent, inner)
     return {node: one for node, one in good.items() if node not in left_out}, left_out
 
@@ -135,8 +135,8 @@ def _accepted(content: RecordDict, sent: Sent, strategy: Strategy) -> Adapter:
 
 def _moved_what_was_frozen(
     good: Mapping[int, Good], sent: Sent, strategy: Strategy
-) -> dict[int, str]:
-    """Why, of hospitals that changed the factor which the strategy needs shared.
+) -> dict[int, LeftOut]:
+    """Hospitals that changed the factor which the strategy needs shared.
 
     Of two that may be it is the one that more of them kept, so that few cannot choose it.
     """
@@ -149,7 +149,8 @@ def _moved_what_was_frozen(
         for factor in kept
     }
     factor = min(moved, key=lambda f: len(moved[f]))
-    return dict.fromkeys(moved[factor], f"lora_{factor} is not as it was sent")
+    reason = f"lora_{factor} is not as it was sent"
+    return {node: LeftOut(str(node), reason) for node in moved[factor]}
 
 
 def _same(one: Adapter, other: Adapter, factor: str) -> bool:

@@ -115,9 +115,9 @@ class MergeStrategy(FedAvg):
         good, left_out = judged(
             replies, self._asked, self._sent, self.strategy, self.weighted_by_key
         )
-        for node, reason in sorted(left_out.items()):
+        self.left_out[server_round] = {node: one.reason for node, one in sorted(left_out.items())}
+        for node, reason in self.left_out[server_round].items():
             log.warning("round %d: node %d left out: %s", server_round, node, reason)
-        self.left_out[server_round] = left_out
         if not good:
             return None, None
         in_order = [good[node] for node in sorted(good)]
@@ -127,9 +127,11 @@ class MergeStrategy(FedAvg):
         spec = self._sent.adapter.spec
         alike = all(adapter.spec == spec for adapter in adapters)
         draw = Draw(self.run, server_round)
+        caught = sum(one.lied for one in left_out.values())
         try:
             rank = None if alike else spec.rank
-            found = merge(self.strategy, adapters, shares, draw, rank, origin=self._sent.adapter)
+            strategy = self.strategy.after(caught, len(self._asked))
+            found = merge(strategy, adapters, shares, draw, rank, origin=self._sent.adapter)
         except MergeError as problem:
             if not left_out:
                 raise

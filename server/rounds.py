@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -34,8 +35,8 @@ from server.acceptance import (
     one_reply_each,
 )
 from server.run_folder import RunFolder, write_atomically
-from strategies.base import Draw, MergeError, Noise
-from strategies.merging import merge
+from strategies.base import Draw, MergeError, Noise, Strategy
+from strategies.merging import Merge, merge
 from strategies.registry import create
 from transport.wire import pack_task, size_bytes
 
@@ -75,64 +76,96 @@ def federate(
             ) from None
         folder.begin_round(number)
         task = pack_task(plan, sent)
-        bytes_each = size_bytes(task)
-        outcomes: dict[int, Answer | LeftOut] = {}
-        for node, reply in _exchange(grid, plan, task, nodes, deadline, stop, report):
-            outcome = (
-                reply
-                if isinstance(reply, LeftOut)
-                else accept(reply, plan, sent, node, nodes[node])
-            )
-            outcomes[node] = _kept(outcome, folder, number)
-        accepted, left_out = one_reply_each(list(outcomes.values()))
-        for site in {o.site for o in outcomes.values() if isinstance(o, Answer)} & left_out.keys():
-            folder.drop_adapter(number, site)
-        for node in nodes.keys() - outcomes.keys():
-            left_out[nodes[node] or node_name(node)] = "no answer in time"
-        for site, reason in left_out.items():
+        replies = _exchange(grid, plan, task, nodes, deadline, stop, report)
+        heard = _heard(replies, plan, sent, nodes, folder)
+        for site, reason in heard.left_out.items():
             log.warning("round %d: %s left out: %s", number, site, reason)
-        if len(accepted) < settings.federation.min_hospitals:
-            reasons = ", ".join(f"{site}: {reason}" for site, reason in left_out.items())
-            raise RoundFailed(
-                f"round {number}: {len(accepted)} of at least {settings.federation.min_hospitals} "
-                f"hospitals answered ({reasons})"
-            )
-        try:
-            weights = [1 / len(accepted)] * len(accepted)  # equal: true sizes are private
-            moved = plan.trained_layers(sent.layers)
-            draw = Draw(folder.name, number, _noise(plan, sent.only(moved), accepted))
-            own = folder.adapters(number, [a.site for a in accepted], moved)
-            caught = sum(isinstance(o, LeftOut) and o.lied for o in outcomes.values())
-            merged = merge(
-                strategy.after(caught, len(nodes)), own, weights, draw, origin=sent.only(moved)
-            )
-        except MergeError as problem:
-            raise RoundFailed(f"round {number}: {problem}") from None
-        if merged.adapter.largest() > LARGEST:
-            sites = ", ".join(a.site for a in accepted)
-            raise RoundFailed(
-                f"round {number}: what {sites} sent merges to impossibly large factors, which were "
-                "not kept; one of them lies: its adapter lies with the others in the run folder"
-            )
+        _require_enough(heard, settings.federation.min_hospitals, number)
+        merged = _merged(heard, strategy.after(heard.caught, len(nodes)), plan, sent, folder)
         sent.updated(merged.adapter).save(folder.adapter_folder(number))
+        accepted = heard.accepted
         record: dict[str, Any] = {
             "round": number,
             "seconds": round(time.monotonic() - began, 3),
             "bytes_up": sum(a.bytes_up for a in accepted),
-            "bytes_down": bytes_each * len(nodes),
+            "bytes_down": size_bytes(task) * len(nodes),
             "uploads": {a.site: a.bytes_up for a in accepted},
-            "download": bytes_each,
+            "download": size_bytes(task),
             "rank": merged.adapter.spec.rank,
             "discrepancy": merged.discrepancy,
             "kept_energy": merged.kept_energy,
             "mean_cosine": merged.mean_cosine,
             "norm_ratio": merged.norm_ratio,
             "hospitals": [a.site for a in accepted],
-            "left_out": left_out,
+            "left_out": heard.left_out,
             "facts": {a.site: a.facts for a in accepted},
         }
         folder.finish_round(record)
     return folder.global_adapter()
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What came back in a round; adapters lie in the run folder."""
+
+    accepted: list[Answer]
+    left_out: dict[str, str]  # site -> reason
+    caught: int  # how many of those lied
+
+
+def _heard(
+    replies: Iterable[tuple[int, Message | LeftOut]],
+    plan: TrainingPlan,
+    sent: Adapter,
+    nodes: Mapping[int, str],
+    folder: RunFolder,
+) -> _Heard:
+    """Check every reply as it comes and keep its adapter on disk."""
+    outcomes: dict[int, Answer | LeftOut] = {}
+    for node, reply in replies:
+        outcome = (
+            reply if isinstance(reply, LeftOut) else accept(reply, plan, sent, node, nodes[node])
+        )
+        outcomes[node] = _kept(outcome, folder, plan.round)
+    accepted, left_out = one_reply_each(list(outcomes.values()))
+    for site in {o.site for o in outcomes.values() if isinstance(o, Answer)} & left_out.keys():
+        folder.drop_adapter(plan.round, site)
+    for node in nodes.keys() - outcomes.keys():
+        left_out[nodes[node] or node_name(node)] = "no answer in time"
+    caught = sum(isinstance(o, LeftOut) and o.lied for o in outcomes.values())
+    return _Heard(accepted, left_out, caught)
+
+
+def _require_enough(heard: _Heard, needed: int, number: int) -> None:
+    if len(heard.accepted) < needed:
+        reasons = ", ".join(f"{site}: {reason}" for site, reason in heard.left_out.items())
+        raise RoundFailed(
+            f"round {number}: {len(heard.accepted)} of at least {needed} hospitals answered "
+            f"({reasons})"
+        )
+
+
+def _merged(
+    heard: _Heard, strategy: Strategy, plan: TrainingPlan, sent: Adapter, folder: RunFolder
+) -> Merge:
+    """The round's merge, of the layers that were trained. Raises RoundFailed."""
+    sites = [a.site for a in heard.accepted]
+    weights = [1 / len(sites)] * len(sites)  # equal: true sizes are private
+    moved = plan.trained_layers(sent.layers)
+    origin = sent.only(moved)
+    draw = Draw(folder.name, plan.round, _noise(plan, origin, heard.accepted))
+    own = folder.adapters(plan.round, sites, moved)
+    try:
+        merged = merge(strategy, own, weights, draw, origin=origin)
+    except MergeError as problem:
+        raise RoundFailed(f"round {plan.round}: {problem}") from None
+    if merged.adapter.largest() > LARGEST:
+        raise RoundFailed(
+            f"round {plan.round}: what {', '.join(sites)} sent merges to impossibly large factors, "
+            "which were not kept; one of them lies: its adapter lies with the others in the run "
+            "folder"
+        )
+    return merged
 
 
 def _noise(plan: TrainingPlan, sent: Adapter, accepted: Sequence[Answer]) -> Noise | None:

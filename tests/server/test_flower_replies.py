@@ -141,6 +141,33 @@ def test_under_rolora_the_factor_that_most_have_kept_is_the_frozen_one(local_gri
     assert gap(products(result.arrays.to_torch_state_dict()), products(expected)) < 1e-6
 
 
+def gone(message: Message) -> Message:
+    """What the SuperLink, which is node 1, answers for a node that it has lost."""
+    answer = Message(error=Error(code=5, reason="Mrs Miller, 64"), reply_to=message)
+    answer.metadata.__dict__["_src_node_id"] = 1
+    return answer
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_a_liar_who_is_caught_need_not_be_outvoted(name: str, local_grid: Grids) -> None:
+    """Of three hospitals one may lie; once it is left out nobody is left to bear."""
+    bad, _ = BAD["nan"]
+    strategy = only_train(name)
+    own = {k: partial(trained, "B", k) for k in (1, 2)} | {3: partial(hospital, 3, changed=bad)}
+    result = start(strategy, local_grid(own))
+    expected = {n: t + 1.5 if "lora_B" in n else t for n, t in factors(0).items()}
+    assert gap(products(result.arrays.to_torch_state_dict()), products(expected)) < 1e-6
+
+
+@pytest.mark.parametrize("answer", [gone, lambda _: None])
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_a_hospital_that_does_not_answer_may_not_have_been_the_liar(
+    name: str, answer: Callable[[Message], Message | None], local_grid: Grids
+) -> None:
+    own = {k: partial(trained, "B", k) for k in (1, 2)} | {3: answer}
+    assert not start(only_train(name), local_grid(own)).arrays
+
+
 def test_nobody_makes_the_arrays_more_than_their_type_can_hold(local_grid: Grids) -> None:
     def large(message: Message) -> Message:
         return reply(message, {n: t * 400 for n, t in factors(3).items()})
@@ -187,11 +214,6 @@ def test_a_weight_that_is_out_of_bounds_leaves_its_sender_out(
 
 
 def test_errors_and_silence_are_left_out_under_the_node_that_was_asked(local_grid: Grids) -> None:
-    def gone(message: Message) -> Message:
-        answer = Message(error=Error(code=5, reason="Mrs Miller, 64"), reply_to=message)
-        answer.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers
-        return answer
-
     strategy = only_train()
     result = start(strategy, local_grid(hospitals() | {11: gone, 12: lambda _: None}))
     assert strategy.left_out == {1: {11: "Flower error 5", 12: "no answer in time"}}
