@@ -56,7 +56,7 @@ def _quality(options: argparse.Namespace, progress: Progress) -> dict[str, float
             file = Path(folder) / "quality.jsonl"
             results = quality.measure(wanted, file, options.jobs, progress)
     elif options.show:
-        results = quality.read(RESULTS)
+        results = _results()
     else:
         wanted = [
             cell
@@ -64,23 +64,33 @@ def _quality(options: argparse.Namespace, progress: Progress) -> dict[str, float
             if not options.arms or cell.arm in options.arms
         ]
         quality.measure(wanted, RESULTS, options.jobs, progress)
-        results = quality.read(RESULTS)  # all there is: a part alone would replace the page
+        results = _results()
     found: dict[str, float] = {}
     page = [_PAGE]
     for hospitals in sorted({r.cell.hospitals for r in results}):
         arms = shares.rows(results, hospitals)
-        for title, rows in (
-            (f"{hospitals} hospitals", arms),
-            (f"{hospitals} hospitals, the last round merged by", shares.rules(results, hospitals)),
+        title = f"{hospitals} hospitals"
+        for view, rows in (
+            (table.gains(title), arms),
+            (table.differences(f"{title}, against the default"), arms),
+            (
+                table.gains(f"{title}, the last round merged by"),
+                shares.rules(results, hospitals),
+            ),
         ):
-            if rows:
-                progress.console.print(table.of(rows, title))
-                page.append(table.markdown(rows, title))
+            if any(map(view.cell, rows)):
+                progress.console.print(table.of(rows, view))
+                page.append(table.markdown(rows, view))
         found |= table.figures(arms, hospitals)
     if not options.quick:
         table.draw(results, FIGURE)
         PAGE.write_text("\n".join(page), encoding="utf-8")
     return found
+
+
+def _results() -> list[quality.Result]:
+    """All there is at full scale: a part alone would replace the page."""
+    return [r for r in quality.read(RESULTS) if r.cell.scale == quality.FULL]
 
 
 def _options() -> argparse.Namespace:

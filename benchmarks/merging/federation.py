@@ -3,14 +3,15 @@
 Those change no number, and without them a hospital's round can be kept on disk and used again by
 every strategy that sends it the same adapter, and its first clipped sum under every budget. The
 noise multiplier is solved for once, for all steps. Noise and samples follow from seed, hospital and
-round, so that variants see the same draws: the notes are public, and nothing that is trained here
-is ever released.
+round, so that private variants see the same draws (those without privacy draw other samples): the
+notes are public, and nothing that is trained here is ever released.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,9 @@ class Federation:
         saved = self._folder / "first_sums" / f"{key}.safetensors"
         if not saved.exists():
             saved.parent.mkdir(parents=True, exist_ok=True)
-            save_file(clipped_sum(model, rows, clip_norm, "fast", _MICRO_TOKENS), saved)
+            part = saved.with_suffix(f".{os.getpid()}.part")  # another process may make it too
+            save_file(clipped_sum(model, rows, clip_norm, "fast", _MICRO_TOKENS), part)
+            part.replace(saved)
         return load_file(saved)
 
     def _with(self, spec: AdapterSpec) -> PeftModel:

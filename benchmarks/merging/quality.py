@@ -71,11 +71,8 @@ _OTHER_RATES = {
     "fedavg": (2.5, _FULL_RATE),
     "product_mean": (_FULL_RATE,),
     "lora_fair": (_FULL_RATE,),
-}
-AT_OTHER_RATES: dict[str, tuple[str, ...]] = {  # under the first seed only
-    f"{name}, rate {rate:g}": (*ARMS[name], f"optimizer.learning_rate={rate:g}")
-    for name, rates in _OTHER_RATES.items()
-    for rate in rates
+    "pooled": (14.0,),  # one noise in place of four bears a longer step,
+    "alone": (2.5, 5.0),  # and one that is not averaged a shorter one
 }
 STATISTICS: dict[str, tuple[str, ...]] = {  # under privacy only
     "regmean": ("strategy=regmean",),
@@ -87,6 +84,24 @@ IN_ROUNDS: dict[str, tuple[str, ...]] = {  # with few hospitals, under the first
     if kind.declared.of_changes
 }
 POOLED, ALONE = "pooled", "alone"
+OWN_NOTES = "alone, own notes"  # of ALONE: what each hospital's adapter saves on its own notes
+AT_OTHER_RATES: dict[str, tuple[str, ...]] = {  # under the first seed only
+    f"{name}, rate {rate:g}": (
+        *ARMS.get(name, ARMS["fedsvd"]), f"optimizer.learning_rate={rate:g}"
+    )
+    for name, rates in _OTHER_RATES.items()
+    for rate in rates
+}  # fmt: skip
+# What noise is not to blame for: longer and unclipped training, under the first seed only.
+WITHOUT_PRIVACY: dict[str, tuple[str, ...]] = {
+    "fedsvd, 4 local steps": ("strategy=fedsvd", "federation.local_steps=4"),
+    **{
+        f"fedsvd, unclipped, rate {rate:g}": (
+            "strategy=fedsvd", "privacy.clip_norm=1e6", f"optimizer.learning_rate={rate:g}"
+        )
+        for rate in (1.0, 2.0, 4.0)
+    },
+}  # fmt: skip
 # Every second hospital has an epsilon of 1 whatever the cell's is.
 MIXED: dict[str, tuple[str, ...]] = {
     "fedsvd, half at 1": ARMS["fedsvd"],
@@ -134,7 +149,7 @@ class Result:
     base: dict[str, list[float]]
     bits: dict[str, list[float]]
     chars: dict[str, list[int]]
-    rules: dict[str, dict[str, list[float]]]  # the last round merged by other strategies
+    rules: dict[str, dict[str, list[float]]]  # last round merged by other strategies; OWN_NOTES
 
     @classmethod
     def of(cls, line: str) -> Result:
@@ -184,6 +199,8 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
     for arm in (name for name in IN_ROUNDS if _merges(name, few)):
         for epsilon in _EPSILONS_OF_RULES:
             yield Cell(few, arm, epsilon, first, scale)
+    for arm in WITHOUT_PRIVACY:
+        yield Cell(few, arm, None, first, scale)
 
 
 def _merges(strategy: str, count: int) -> bool:
@@ -206,10 +223,17 @@ def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -
                 pool.shutdown(wait=False, cancel_futures=True)
             result = ended.result()
             known[result.cell.key] = result
-            with file.open("a") as out:
-                out.write(json.dumps(asdict(result)) + "\n")
+            _append(file, json.dumps(asdict(result)))
             progress.advance(task)
     return [known[key] for key in dict.fromkeys(cell.key for cell in wanted)]
+
+
+def _append(file: Path, line: str) -> None:
+    """On a line of its own, even after one that was cut short."""
+    before = file.read_bytes() if file.exists() else b""
+    cut = bool(before) and not before.endswith(b"\n")
+    with file.open("a") as out:
+        out.write("\n" * cut + line + "\n")
 
 
 def read(file: Path) -> list[Result]:
@@ -226,9 +250,10 @@ def read(file: Path) -> list[Result]:
 def settings(cell: Cell, hospitals: int) -> RunSettings:
     """The configuration of a cell. ``hospitals`` is how many there are in the federation.
 
-    A pooled site takes the same steps on all the notes: its sums are as much larger as the divisor.
+    What an arm says wins over the scale. A pooled site takes the same steps on all the notes: its
+    sums are as much larger as the divisor.
     """
-    arms = {**ARMS, **AT_OTHER_RATES, **MIXED, **STATISTICS, **IN_ROUNDS}
+    arms = {**ARMS, **AT_OTHER_RATES, **MIXED, **STATISTICS, **IN_ROUNDS, **WITHOUT_PRIVACY}
     chosen = arms.get(cell.arm, ARMS["fedsvd"])
     scale = cell.scale
     own = [
@@ -241,11 +266,16 @@ def settings(cell: Cell, hospitals: int) -> RunSettings:
         own.append("privacy.enabled=false")
     else:
         own.append(f"privacy.epsilon={cell.epsilon:g}")
-    made = load("simulate", [*_COMMON, *chosen, *own], RunSettings)
-    if cell.arm != POOLED:
+    made = load("simulate", [*_COMMON, *own, *chosen], RunSettings)
+    if not _is(POOLED, cell):
         return made
     larger = {"denominator": made.privacy.denominator * hospitals}
     return made.model_copy(update={"privacy": made.privacy.model_copy(update=larger)})
+
+
+def _is(arm: str, cell: Cell) -> bool:
+    """At its own rate or another."""
+    return cell.arm.partition(", ")[0] == arm
 
 
 def _measured(cell: Cell) -> Result:
@@ -262,12 +292,13 @@ def _measured(cell: Cell) -> Result:
 
     base = {site.name: federation.base_bits(made, site) for site in sites}
     rules: dict[str, dict[str, list[float]]] = {}
-    if cell.arm == POOLED:
+    if _is(POOLED, cell):
         everyone = {unit: rows for site in sites for unit, rows in site.units.items()}
         found = bits(federation.run(made, [Department(POOLED, everyone, [])]).merged)
-    elif cell.arm == ALONE:
+    elif _is(ALONE, cell):
         alone = [bits(federation.run(made, [site]).merged) for site in sites]
         found = min(alone, key=lambda one: sum(map(sum, one.values())))  # the best for all
+        rules[OWN_NOTES] = {s.name: own[s.name] for s, own in zip(sites, alone, strict=True)}
     else:
         budgets = [_SMALL_BUDGET if i % 2 else cell.epsilon for i in range(len(sites))]
         ended = federation.run(made, sites, budgets if cell.arm in MIXED else ())

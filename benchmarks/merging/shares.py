@@ -1,17 +1,23 @@
 """From bits of held-out notes to gains, shares of a reference's gain, and what they are good for.
 
 Gain: bits per character of the base model less those of the adapter, mean over departments, mean
-over seeds. Share: gain / gain of the federation without privacy (strategy fedsvd). Intervals are
-95 % percentile bootstraps that draw seeds, and held-out notes within each department, with
-replacement; the reference is drawn with the same seeds and notes, for it was measured on the same.
+over seeds. Share: gain / gain of the federation without privacy (strategy fedsvd), under the same
+seeds and on the same notes. Difference: share less that of fedsvd at the same epsilon.
+
+95 % intervals: value +- sqrt((t s / sqrt(n))^2 + (1.96 e)^2), with s the standard deviation over n
+seeds, t Student's quantile of n - 1 degrees of freedom, and e the standard error over notes, by a
+bootstrap that draws them within each department, the same for all seeds and for the reference. A
+ratio is linearised: its deviation under one seed is (gain - share reference) / mean reference.
+Under one seed alone nothing is known of seeds, and the interval is that of notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from benchmarks.merging.quality import (
     ALONE,
@@ -20,14 +26,18 @@ from benchmarks.merging.quality import (
     EPSILONS,
     IN_ROUNDS,
     MIXED,
+    OWN_NOTES,
     POOLED,
     STATISTICS,
+    WITHOUT_PRIVACY,
     Epsilon,
     Result,
 )
 
+_DEFAULT = "fedsvd"
 _DRAWS = 1000
-Notes = dict[str, np.ndarray]  # department -> numbers of its notes
+_NORMAL = 1.96
+Draws = dict[str, np.ndarray]  # department -> numbers of its notes, (draws, notes); all come first
 
 
 @dataclass(frozen=True)
@@ -48,84 +58,97 @@ class Row:
     epsilon: Epsilon
     gain: Figure
     share: Figure | None
+    difference: Figure | None  # of shares, to fedsvd at the same epsilon under the same seeds
 
 
 def rows(results: Sequence[Result], hospitals: int) -> list[Row]:
     """Every arm that was measured with so many hospitals, in the order of ``ARMS``."""
     own = [r for r in results if r.cell.hospitals == hospitals]
-    reference = _of(own, "fedsvd", None)
-    if not reference:
-        return []
-    found = []
-    for arm in (*ARMS, *STATISTICS, *MIXED, POOLED, ALONE, *IN_ROUNDS, *AT_OTHER_RATES):
-        for epsilon in EPSILONS:
-            measured = _of(own, arm, epsilon)
-            if measured:
-                found.append(_row(arm, epsilon, measured, reference))
-    return found
+    arms = (
+        *ARMS, *STATISTICS, *MIXED, POOLED, ALONE, OWN_NOTES, *IN_ROUNDS, *WITHOUT_PRIVACY,
+        *AT_OTHER_RATES,
+    )  # fmt: skip
+    return _rows(arms, lambda arm, epsilon: _of(own, arm, epsilon))
 
 
 def rules(results: Sequence[Result], hospitals: int) -> list[Row]:
     """The last round of the fedsvd federation merged by other strategies."""
-    own = [r for r in results if r.cell.hospitals == hospitals and r.rules]
-    reference = _of(own, "fedsvd", None)
-    if not reference:
-        return []
-    found = []
-    for name in dict.fromkeys(name for r in own for name in r.rules):
-        for epsilon in EPSILONS:
-            measured = [
-                (r, r.rules[name]) for r, _ in _of(own, "fedsvd", epsilon) if name in r.rules
-            ]
-            if measured:
-                found.append(_row(name, epsilon, measured, reference))
-    return found
+    own = [r for r in results if r.cell.hospitals == hospitals and r.cell.arm == _DEFAULT]
+    names = list(dict.fromkeys(name for r in own for name in r.rules))
+    return _rows(
+        names,
+        lambda name, epsilon: {
+            r.cell.seed: (r, r.rules[name])
+            for r in own
+            if r.cell.epsilon == epsilon and name in r.rules
+        },
+    )
 
 
-Measured = list[tuple[Result, dict[str, list[float]]]]
 BySeed = dict[int, tuple[Result, dict[str, list[float]]]]
 
 
-def _of(results: Sequence[Result], arm: str, epsilon: Epsilon) -> Measured:
-    return [(r, r.bits) for r in results if r.cell.arm == arm and r.cell.epsilon == epsilon]
+def _of(results: Sequence[Result], arm: str, epsilon: Epsilon) -> BySeed:
+    """Bits by department; ``OWN_NOTES`` are those of each hospital alone, on its own notes."""
+    if arm == OWN_NOTES:
+        found = _of(results, ALONE, epsilon)
+        return {s: (r, r.rules[OWN_NOTES]) for s, (r, _) in found.items() if OWN_NOTES in r.rules}
+    return {
+        r.cell.seed: (r, r.bits) for r in results if r.cell.arm == arm and r.cell.epsilon == epsilon
+    }
 
 
-def _row(arm: str, epsilon: Epsilon, measured: Measured, reference: Measured) -> Row:
+def _rows(arms: Iterable[str], measured: Callable[[str, Epsilon], BySeed]) -> list[Row]:
+    reference = measured(_DEFAULT, None)
+    if not reference:
+        return []
+    found = []
+    for arm in arms:
+        for epsilon in EPSILONS:
+            if own := measured(arm, epsilon):
+                found.append(_row(arm, epsilon, own, reference, measured(_DEFAULT, epsilon)))
+    return found
+
+
+def _row(arm: str, epsilon: Epsilon, own: BySeed, reference: BySeed, default: BySeed) -> Row:
+    sizes = {name: len(bits) for name, bits in next(iter(own.values()))[1].items()}
     random = np.random.default_rng(0)
-    sizes = {name: len(bits) for name, bits in measured[0][1].items()}
-    everything = {name: np.arange(n) for name, n in sizes.items()}
-    own = {result.cell.seed: (result, bits) for result, bits in measured}
-    same = {result.cell.seed: (result, bits) for result, bits in reference}
-    seeds = sorted(own)
-    shared = [seed for seed in seeds if seed in same]
-    gains, shares = [_gain([own[s] for s in seeds], everything)], []
-    if shared:
-        shares = [_share(own, same, shared, everything)]
-    for _ in range(_DRAWS):
-        notes = {name: random.integers(0, n, n) for name, n in sizes.items()}
-        gains.append(_gain([own[s] for s in random.choice(seeds, len(seeds))], notes))
-        if shared:
-            shares.append(_share(own, same, random.choice(shared, len(shared)).tolist(), notes))
-    share = _figure(shares, len(shared)) if shares and (arm, epsilon) != ("fedsvd", None) else None
-    return Row(arm, epsilon, _figure(gains, len(measured)), share)
+    draws = {
+        name: np.vstack([np.arange(n), random.integers(0, n, (_DRAWS, n))])
+        for name, n in sizes.items()
+    }
+
+    def gains(of: BySeed, seeds: Sequence[int]) -> np.ndarray:
+        return np.stack([_gain(*of[seed], draws) for seed in seeds], axis=1)
+
+    share = difference = None
+    if (shared := sorted(own.keys() & reference.keys())) and (arm, epsilon) != (_DEFAULT, None):
+        share = _ratio(gains(own, shared), gains(reference, shared))
+    both = [seed for seed in shared if seed in default]
+    if both and arm != _DEFAULT:
+        difference = _ratio(gains(own, both) - gains(default, both), gains(reference, both))
+    every = gains(own, sorted(own))
+    return Row(arm, epsilon, _ratio(every, np.ones_like(every)), share, difference)
 
 
-def _share(own: BySeed, reference: BySeed, seeds: Sequence[int], notes: Notes) -> float:
-    """Of the reference's gain, under the same seeds and on the same notes."""
-    return _gain([own[s] for s in seeds], notes) / _gain([reference[s] for s in seeds], notes)
+def _ratio(above: np.ndarray, below: np.ndarray) -> Figure:
+    """mean(above) / mean(below), each (draws of notes, seeds); all notes first."""
+    values = above.mean(1) / below.mean(1)
+    value, seeds = values[0], above.shape[1]
+    squared = (_NORMAL * values[1:].std()) ** 2
+    if seeds > 1:
+        deviations = (above[0] - value * below[0]) / below[0].mean()
+        squared += (student.ppf(0.975, seeds - 1) * deviations.std(ddof=1)) ** 2 / seeds
+    half = float(np.sqrt(squared))
+    return Figure(float(value), float(value) - half, float(value) + half, seeds)
 
 
-def _gain(measured: Measured, notes: Notes) -> float:
-    """Mean over seeds and departments of the bits per character saved on the chosen notes."""
+def _gain(result: Result, bits: Mapping[str, Sequence[float]], draws: Draws) -> np.ndarray:
+    """Mean over departments of the bits per character saved, for each draw of notes."""
     gains = []
-    for result, bits in measured:
-        for name, chosen in notes.items():
-            after = np.array(bits[name])  # rules are scored on the first notes only
-            saved = np.array(result.base[name])[: len(after)] - after
-            gains.append(saved[chosen].sum() / np.array(result.chars[name])[chosen].sum())
-    return float(np.mean(gains))
-
-
-def _figure(draws: Sequence[float], seeds: int) -> Figure:
-    low, high = np.percentile(draws[1:], [2.5, 97.5])
-    return Figure(draws[0], float(low), float(high), seeds)
+    for name, notes in draws.items():
+        after = np.array(bits[name])  # rules are scored on the first notes only
+        saved = np.array(result.base[name])[: len(after)] - after
+        chars = np.array(result.chars[name])
+        gains.append(saved[notes].sum(1) / chars[notes].sum(1))
+    return np.mean(gains, axis=0)

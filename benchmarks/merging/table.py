@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,7 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure as Drawing
 from rich.table import Table
 
-from benchmarks.merging.quality import AT_OTHER_RATES, EPSILONS, IN_ROUNDS, Epsilon, Result
+from benchmarks.merging.quality import (
+    AT_OTHER_RATES,
+    EPSILONS,
+    IN_ROUNDS,
+    WITHOUT_PRIVACY,
+    Epsilon,
+    Result,
+)
 from benchmarks.merging.shares import Figure, Row, rows
 
 GOALS: dict[Epsilon, float] = {8.0: 0.85, 3.0: 0.60, 1.0: 0.30}  # shares, with four hospitals
@@ -19,34 +27,60 @@ _LOWEST = -50  # per cent; what noise has ruined would hide the rest
 _MARKERS = "osD^vP*X"
 
 
-CAPTION = "millibits per character saved; share of fedsvd without privacy, 95 % interval"
+@dataclass(frozen=True)
+class View:
+    """What of each row a table shows, under which title."""
+
+    title: str
+    caption: str
+    cell: Callable[[Row], str]
 
 
-def of(found: Sequence[Row], title: str) -> Table:
-    """Gain in thousandths of a bit per character, and share of the reference, by epsilon."""
-    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+def gains(title: str) -> View:
+    """Gain in thousandths of a bit per character, and share of the reference."""
+    caption = (
+        "millibits per character saved; share of fedsvd without privacy; 95 % intervals, of one "
+        "seed over notes only"
+    )
+    return View(title, caption, _gain_and_share)
+
+
+def differences(title: str) -> View:
+    """Shares less that of the default."""
+    caption = (
+        "points of share more than fedsvd at the same epsilon, under the same seeds; 95 % "
+        "intervals, of one seed over notes only"
+    )
+    return View(title, caption, _difference)
+
+
+def of(found: Sequence[Row], view: View) -> Table:
+    """For the terminal, a column an epsilon."""
+    table = Table(
+        title=view.title, title_justify="left", caption=view.caption, caption_justify="left"
+    )
     for column in _HEAD:
         table.add_column(column, justify="left" if column == _HEAD[0] else "right", no_wrap=True)
-    for cells in _cells(found):
+    for cells in _cells(found, view):
         table.add_row(*cells)
     return table
 
 
-def markdown(found: Sequence[Row], title: str) -> str:
+def markdown(found: Sequence[Row], view: View) -> str:
     """The same for a page."""
-    lines = [_HEAD, ["---", *["--:"] * (len(_HEAD) - 1)], *_cells(found)]
+    lines = [_HEAD, ["---", *["--:"] * (len(_HEAD) - 1)], *_cells(found, view)]
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"## {title}\n\n{CAPTION[0].upper()}{CAPTION[1:]}.\n\n{body}\n"
+    return f"## {view.title}\n\n{view.caption[0].upper()}{view.caption[1:]}.\n\n{body}\n"
 
 
-def _cells(found: Sequence[Row]) -> list[list[str]]:
+def _cells(found: Sequence[Row], view: View) -> list[list[str]]:
     lines = []
     for arm in dict.fromkeys(row.arm for row in found):
         own = {row.epsilon: row for row in found if row.arm == arm}
-        seeds = sorted({row.gain.seeds for row in own.values()})
-        lines.append(
-            [arm, *(_cell(own.get(epsilon)) for epsilon in EPSILONS), " to ".join(map(str, seeds))]
-        )
+        cells = [view.cell(own[epsilon]) if epsilon in own else "" for epsilon in EPSILONS]
+        if any(cells):
+            seeds = sorted({row.gain.seeds for row in own.values()})
+            lines.append([arm, *cells, " to ".join(map(str, seeds))])
     return lines
 
 
@@ -70,7 +104,7 @@ def draw(results: Sequence[Result], file: Path) -> None:
     counts = [n for n, own in everything.items() if len({row.arm for row in own}) > 1]
     if not counts:
         return
-    left_out = AT_OTHER_RATES.keys() | IN_ROUNDS.keys()
+    left_out = AT_OTHER_RATES.keys() | IN_ROUNDS.keys() | WITHOUT_PRIVACY.keys()
     found = {
         n: [row for row in everything[n] if row.share and row.arm not in left_out] for n in counts
     }
@@ -108,13 +142,17 @@ def draw(results: Sequence[Result], file: Path) -> None:
     drawing.savefig(file, dpi=150)
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
+def _gain_and_share(row: Row) -> str:
     gain = f"{1000 * row.gain.value:.0f}"
     if row.share is None:
         return f"{gain} ({_interval(row.gain, 1000)})"
     return f"{gain}, {100 * row.share.value:.0f} % ({_interval(row.share, 100)})"
+
+
+def _difference(row: Row) -> str:
+    if row.difference is None:
+        return ""
+    return f"{100 * row.difference.value:+.0f} ({_interval(row.difference, 100)})"
 
 
 def _interval(figure: Figure, unit: float) -> str:
