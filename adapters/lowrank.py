@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -146,13 +147,17 @@ class Svd:
     S: Tensor
     Vh: Tensor
 
-    def truncate(self, rank: int) -> LowRank:
+    def truncate(self, rank: int, orthonormal: Literal["A", "B"] = "A") -> LowRank:
         """Best approximation of at most the given rank, as B = U S and A = Vh (orthonormal rows).
 
-        When rank exceeds the number of singular values the factors are padded: B with zeros and A
-        with further orthonormal rows, so that every row of A can still be trained against; beyond
-        the input width, where there are no more, with zeros.
+        With ``orthonormal`` "B" as B = U (orthonormal columns) and A = S Vh. When rank exceeds the
+        number of singular values the factors are padded: B with zeros and A with further
+        orthonormal rows, so that every row of A can still be trained against; beyond the input
+        width, where there are no more, with zeros. (Under "B" the other way round.)
         """
+        if orthonormal == "B":
+            turned = Svd(self.Vh.T, self.S, self.U.T).truncate(rank)
+            return LowRank(turned.A.T, turned.B.T)
         k = min(rank, self.U.shape[1])
         B, A = self.U[:, :k] * self.S[:k], self.Vh[:k]
         if k < rank:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -71,6 +71,11 @@ class TrainingPlan(Settings):
     def spec(self) -> AdapterSpec:
         """Shape of the adapter that travels."""
         return AdapterSpec.of(self.adapter)
+
+    @property
+    def frozen_next(self) -> Literal["A", "B"]:
+        """The factor that the next round leaves as it is; A where both are trained."""
+        return "B" if part_of_round(self.adapter.train, self.round + 1) == "A" else "A"
 
     @property
     def charged_steps(self) -> int:

@@ -270,10 +270,14 @@ class RunSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _enough_hospitals(self) -> RunSettings:
-        sites = 1 if self.hospitals.layout == "pooled" else self.hospitals.count
-        if self.federation.min_hospitals > sites:
+        if self.federation.min_hospitals > self.sites:
             raise ValueError(
                 f"federation.min_hospitals={self.federation.min_hospitals}: must be at most the "
-                f"number of hospitals, {sites}"
+                f"number of hospitals, {self.sites}"
             )
         return self
+
+    @property
+    def sites(self) -> int:
+        """How many hospitals take part."""
+        return 1 if self.hospitals.layout == "pooled" else self.hospitals.count

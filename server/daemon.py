@@ -29,6 +29,7 @@ from server import certificates
 from server.app import RUN
 from server.pinned import SUBMITTED
 from server.public_keys import PublicKeyError, read_public_key
+from server.rounds import hospitals_needed
 from server.run_folder import RunFolder, write_atomically
 from server.superlink import SuperLink
 from transport import processes
@@ -88,7 +89,8 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
         try:
             _wait(flower, link.ready)
             door = _Door(settings.sites, link) if ca else None
-            _gather(link, door, federation.min_hospitals, flower, status, console)
+            needed = hospitals_needed(folder.training())
+            _gather(link, door, needed, flower, status, console)
             run_id = link.submit()
             write_atomically(_submitted(state), str(run_id))
             stack.callback(_stop_run, link, run_id)

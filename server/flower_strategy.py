@@ -49,10 +49,10 @@ class MergeStrategy(FedAvg):
         All other parameters of Flower's ``FedAvg``.
 
     Raises ConfigError for an unknown strategy or parameter, or one that needs statistics, which
-    these messages do not carry, or an order, which hospitals do not have. With no usable reply at
-    all, or with too few for the strategy as some were left out, the arrays stay as they were. A
-    round raises MergeError when every hospital has answered as it should and the strategy still
-    cannot merge that many: no later round would do better.
+    these messages do not carry, or an order, which hospitals do not have, and for an ``alpha`` not
+    above 0. With no usable reply at all, or with too few for the strategy as some were left out,
+    the arrays stay as they were. A round raises MergeError when every hospital has answered as it
+    should and the strategy still cannot merge that many: no later round would do better.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class MergeStrategy(FedAvg):
                 f"strategy={made.name}: needs to know every hospital's noise, which plain Flower "
                 "messages do not state; use `wardround server`, or another strategy"
             )
+        if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+            raise ConfigError(f"alpha={alpha}: must be a number above 0, or None")
         if weighted_by_key and not made.weighted:
             raise ConfigError(
                 f"weighted_by_key={weighted_by_key}: strategy={made.name} counts all hospitals "
@@ -97,8 +99,12 @@ class MergeStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg. Raises ValueError when ``arrays`` are not the factors of a LoRA adapter."""
+        """As FedAvg. Raises ValueError when ``arrays`` are not the factors of a LoRA adapter.
+
+        Raises MergeError when the strategy cannot merge such layers.
+        """
         self._sent = Sent.read(arrays, self.alpha)
+        self.strategy.require_layers(self._sent.adapter.layers)
         self._asked = list(super().configure_train(server_round, arrays, config, grid))
         return self._asked
 

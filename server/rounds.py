@@ -65,8 +65,15 @@ def federate(
         began = time.monotonic()
         plan = plan_round(settings, folder.name, number, base_model, strategy.statistics)
         sent = folder.global_adapter()
-        deadline = began + settings.federation.timeout_s
-        nodes = _wait_for_nodes(grid, settings, deadline, stop, report)
+        try:
+            strategy.require_layers(plan.trained_layers(sent.layers))
+        except MergeError as problem:
+            raise RoundFailed(
+                f"round {number}: {problem}; nothing was asked of hospitals"
+            ) from None
+        needed = hospitals_needed(settings)
+        timeout_s = settings.federation.timeout_s
+        nodes = _wait_for_nodes(grid, needed, began + timeout_s, stop, report)
         try:
             strategy.require_count(len(nodes))
         except MergeError as problem:
@@ -76,6 +83,7 @@ def federate(
             ) from None
         folder.begin_round(number)
         task = pack_task(plan, sent)
+        deadline = time.monotonic() + timeout_s  # however long the first to connect have waited
         replies = _exchange(grid, plan, task, nodes, deadline, stop, report)
         heard = _heard(replies, plan, sent, nodes, folder)
         for site, reason in heard.left_out.items():
@@ -102,6 +110,13 @@ def federate(
         }
         folder.finish_round(record)
     return folder.global_adapter()
+
+
+def hospitals_needed(settings: TrainingSettings) -> int:
+    """How many must be connected before a round begins: as the settings and the strategy say."""
+    chosen = settings.strategy
+    strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
+    return max(settings.federation.min_hospitals, strategy.fewest())
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def _merged(
     draw = Draw(folder.name, plan.round, _noise(plan, origin, heard.accepted))
     own = folder.adapters(plan.round, sites, moved)
     try:
-        merged = merge(strategy, own, weights, draw, origin=origin)
+        merged = merge(strategy, own, weights, draw, origin=origin, orthonormal=plan.frozen_next)
     except MergeError as problem:
         raise RoundFailed(f"round {plan.round}: {problem}") from None
     if merged.adapter.largest() > LARGEST:
@@ -191,13 +206,12 @@ def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:
 
 
 def _wait_for_nodes(
-    grid: Grid, settings: TrainingSettings, deadline: float, stop: threading.Event, report: Report
+    grid: Grid, needed: int, deadline: float, stop: threading.Event, report: Report
 ) -> dict[int, str]:
     """All connected hospitals, once there are enough of them: node id -> registered name.
 
     The name is that of the hospital's public key; it is empty where no keys are in use.
     """
-    needed = settings.federation.min_hospitals
     while True:
         nodes = {node.node_id: _registered_name(node) for node in grid.get_nodes()}
         report("hospitals connected", min(len(nodes), needed), needed)

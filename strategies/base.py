@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,6 +22,7 @@ __all__ = [
     "deltas", "product_means", "statistics_of",
 ]  # fmt: skip
 
+_MOST = 10_000  # hospitals
 EVERY_PART: tuple[TrainedFactors, ...] = ("B", "A", "alternate", "both")  # as products, not cores
 
 
@@ -117,6 +119,20 @@ class Strategy(Settings):
 
     def require_count(self, count: int) -> None:
         """Return when so many adapters can be merged; asked before hospitals pay for a round.
+
+        Raises MergeError.
+        """
+
+    def fewest(self) -> int:
+        """How many adapters it needs at least, whatever ``require_count`` says of more."""
+        for count in range(1, _MOST):
+            with suppress(MergeError):
+                self.require_count(count)
+                return count
+        return 1
+
+    def require_layers(self, names: Iterable[str]) -> None:
+        """Return when it can merge these layers; asked before hospitals pay for a round.
 
         Raises MergeError.
         """

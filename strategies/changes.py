@@ -58,8 +58,9 @@ class Changes(Sequence[Adapter]):
         together = {}
         for name, update in merged.items():
             total = ProductSum()
+            before = self._origin.layers[name].to(torch.float64)
             total.add(update if isinstance(update, LowRank) else Dense(update), 1.0)
-            total.add(self._origin.layers[name].to(torch.float64), self._origin.spec.scale)
+            total.add(before * self._origin.spec.scale, 1.0)
             together[name] = total.take()
         return together
 
@@ -72,6 +73,9 @@ class Changes(Sequence[Adapter]):
                 layers[name] = LowRank(own.B - ratio * before.B, own.A)
             elif self._shared == "B":
                 layers[name] = LowRank(own.B, own.A - ratio * before.A)
+            elif ratio == 1 and own.B.equal(before.B) and own.A.equal(before.A):
+                both = stack([before, before])  # whose difference would be rounding, not zero
+                layers[name] = LowRank(both.B, torch.zeros_like(both.A))
             else:
                 layers[name] = stack([before * -ratio, own])  # in the same columns everywhere
         rank = next(iter(layers.values())).rank

@@ -32,14 +32,16 @@ _NOTHING = 1e-6  # singular value, relative to the largest, of a direction that 
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """dW_k = U M_k V: U (m, R1), the cores M_k (R1, R2), V (R2, n), float64."""
+    """dW_k = U M_k V: U (m, R1), the cores M_k (R1, R2), V (R2, n), float64; None: the identity."""
 
-    U: Tensor
+    U: Tensor | None
     cores: list[Tensor]
-    V: Tensor
+    V: Tensor | None
 
     def back(self, core: Tensor) -> LowRank:
         """The update whose core is ``core``."""
+        if self.U is None or self.V is None:
+            return Dense(core)
         return LowRank(self.U @ core, self.V)
 
 
@@ -49,9 +51,7 @@ def core_of(parts: Sequence[LowRank]) -> Core:
     Whole matrices span the whole space: they are their own cores.
     """
     if all(isinstance(part, Dense) for part in parts):
-        m, n = parts[0].shape
-        whole = [part.dense() for part in parts]
-        return Core(torch.eye(m, dtype=whole[0].dtype), whole, torch.eye(n, dtype=whole[0].dtype))
+        return Core(None, [part.dense() for part in parts], None)
     right = [torch.linalg.qr(part.A.T).R for part in parts]
     left = [torch.linalg.qr(part.B).R for part in parts]
     columns = torch.cat([part.B @ R.T for part, R in zip(parts, right, strict=True)], 1)  # dW Q_A
@@ -176,10 +176,11 @@ class Knots(InCore):
     def merge_core(self, core: Core, weights: list[float]) -> Tensor:
         """See ``InCore.merge_core``."""
         beside = torch.cat(core.cores, 1)
-        U = svd(LowRank(torch.eye(len(beside), dtype=beside.dtype), beside)).U
-        aligned = [U.T @ own @ core.V for own in core.cores]
+        U = svd(Dense(beside)).U
+        aligned = [U.T @ own if core.V is None else U.T @ own @ core.V for own in core.cores]
         kept = [trimmed(d, least_kept([d], self.density)) for d in aligned]
-        return U @ fused(kept, weights, elected(kept, weights, "weighted")) @ core.V.T
+        merged = U @ fused(kept, weights, elected(kept, weights, "weighted"))
+        return merged if core.V is None else merged @ core.V.T
 
 
 def _nearest_orthogonal(columns: Tensor) -> Tensor:

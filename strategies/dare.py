@@ -1,8 +1,10 @@
 """DARE (arXiv 2311.03099): drop entries at random and divide the others by the share kept.
 
 Its expectation is the update itself, so without an election it is the mean plus noise of variance
-(1 - p) / p; with one (DARE-TIES) signs are elected among what was kept. The mask follows from run,
-round, tensor and the update itself, so it can be repeated and does not depend on order.
+(1 - p) / p; with one (DARE-TIES) signs are elected among what was kept. What agrees is summed by
+weight: its mean, over those who kept an entry, would be the rescaled entry, 1 / p times too long.
+The mask follows from run, round, tensor and the update itself, so it can be repeated and does not
+depend on order.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Dare(Strategy):
     )
     density: Density = 0.5  # probability that an entry is kept
     elect: bool = True  # DARE-TIES; false: DARE-linear
-    agreeing: Agreeing = "mean"  # or "sum": of what has the elected sign
+    agreeing: Agreeing = "sum"  # or "mean": of what has the elected sign
     strength: Annotated[float, Field(gt=0, le=10)] = 1.0
 
     def combine(
@@ -72,7 +74,7 @@ class Della(Dare):
     declared: ClassVar = Declaration(
         space="entries", paper="arXiv 2406.11617", keeps=frozenset({"gauge"})
     )
-    window: Annotated[float, Field(gt=0, lt=1)] = 0.1  # the paper's epsilon
+    window: Annotated[float, Field(gt=0, lt=1)] = 0.1  # half of the authors' --window_size
 
     @model_validator(mode="after")
     def _probabilities(self) -> Della:

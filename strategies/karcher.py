@@ -3,8 +3,9 @@
     T = sum_k w_k (theta_k / sin theta_k)(d_k - cos theta_k u);   u <- cos|T| u + sin|T| T / |T|
 
 over unit directions d_k (Grove and Karcher 1973). u is a combination of the d_k throughout, so
-their cosines are all that is needed. Zero updates have no direction, and count in the mean norm;
-directions that balance each other out have no mean, and give the plain mean instead.
+their cosines are all that is needed. Zero updates have no direction, and count in the mean norm; so
+does one that points away from u, to which no shortest way leads. Directions that balance each other
+out have no mean, and give the plain mean instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from strategies.base import Declaration
 from strategies.inner_products import FromInnerProducts, cosines, norms
 
 _BALANCED = 1e-6  # norm of the mean direction below which there is none
+_OPPOSITE = 1e-6  # cosine + 1 below which theta / sin theta is mostly rounding
 
 
 class Karcher(FromInnerProducts):
@@ -43,7 +45,8 @@ class Karcher(FromInnerProducts):
         for _ in range(self.steps):
             along = (cosine @ u).clamp(-1, 1)
             theta = torch.arccos(along)
-            pull = w * torch.where(theta > 1e-8, theta / torch.sin(theta).clamp(min=1e-12), 1.0)
+            arc = torch.where(theta > 1e-8, theta / torch.sin(theta).clamp(min=1e-12), 1.0)
+            pull = w * torch.where(along > _OPPOSITE - 1, arc, 0.0)
             tangent = pull - (pull @ along) * u
             step = float((tangent @ cosine @ tangent).clamp(min=0).sqrt())
             if step < self.tolerance:

@@ -56,6 +56,12 @@ class Lines(Strategy):
         """See ``Strategy.require_count``: what the wrapped strategy can merge."""
         self.wrapped.require_count(count)
 
+    def require_layers(self, names: Iterable[str]) -> None:
+        """See ``Strategy.require_layers``: of this model there are so many blocks at most."""
+        known = list(names)
+        self.factors(known)
+        self.wrapped.require_layers(known)
+
     def after(self, caught: int, asked: int) -> Lines:
         """See ``Strategy.after``."""
         same = self.model_copy()

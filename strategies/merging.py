@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import Dense, LowRank, svd
 from strategies.base import Draw, MergeError, Strategy, Update, Updates
 from strategies.changes import Changes
@@ -51,13 +51,16 @@ def merge(
     rank: int | Literal["exact"] | None = None,
     dtype: torch.dtype = torch.float32,
     origin: Adapter | None = None,
+    orthonormal: Literal["A", "B"] = "A",
 ) -> Merge:
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
     ``weights`` are positive, public and sum to one, and equal where the strategy would ignore
     them; ``rank`` None takes the first adapter's, and "exact" the rank that the merged update has,
     so that nothing is lost; ``dtype`` is that of the merged factors, computed in float64;
-    ``origin`` is the adapter that a round began with (see ``strategies.changes``).
+    ``origin`` is the adapter that a round began with (see ``strategies.changes``); ``orthonormal``
+    is the factor that is so where an update is re-factorised, the other one having its size: the
+    one that the next round freezes, or else a step would be as short as what was learned so far.
     ``adapters`` are gone through one at a time, more than once, and may be loaded each time. Raises
     MergeError when the adapters do not fit each other or the strategy.
     """
@@ -77,7 +80,7 @@ def merge(
     layers, kept, squared = {}, {}, 0.0
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
-        layers[name], kept[name], size = _of_rank(update, spec.rank)
+        layers[name], kept[name], size = _of_rank(update, spec, orthonormal)
         squared += kept[name] * size**2
         if exact:
             figures.compare(name, update, size)
@@ -118,12 +121,17 @@ def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updat
     return means.take()
 
 
-def _of_rank(update: Update, rank: int) -> tuple[LowRank, float, float]:
-    """Factors of exactly ``rank``, the share of the squared norm that they keep, and the norm."""
-    if isinstance(update, LowRank) and update.rank == rank:
+def _of_rank(
+    update: Update, spec: AdapterSpec, orthonormal: Literal["A", "B"]
+) -> tuple[LowRank, float, float]:
+    """Factors of exactly its rank, the share of the squared norm that they keep, and the norm."""
+    if isinstance(update, LowRank) and update.rank == spec.rank:
         return update, 1.0, update.norm()  # as it is: what is shared stays the same bit for bit
-    parts = svd(update if isinstance(update, LowRank) else Dense(update), rank)
-    return parts.truncate(rank), parts.kept_energy(rank), float(parts.S.norm())
+    parts = svd(update if isinstance(update, LowRank) else Dense(update), spec.rank)
+    found = parts.truncate(spec.rank, orthonormal)
+    if orthonormal == "B":  # also once LoRA's scale is taken off it
+        found = LowRank(found.B * spec.scale, found.A / spec.scale)
+    return found, parts.kept_energy(spec.rank), float(parts.S.norm())
 
 
 def _compressed(updates: Mapping[str, Update]) -> tuple[dict[str, LowRank], int]:

@@ -12,8 +12,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from conf.load import ConfigError, validate
-from conf.schema import TrainedFactors, TrainingSettings
-from strategies.base import Strategy
+from conf.schema import RunSettings, TrainedFactors, TrainingSettings
+from strategies.base import MergeError, Strategy
 from strategies.breadcrumbs import Breadcrumbs
 from strategies.core_space import CoreTies, IsoC, Knots, TsvM
 from strategies.dare import Dare, Della
@@ -70,11 +70,17 @@ def strategies() -> dict[str, type[Strategy]]:
 def require_strategy(settings: TrainingSettings) -> None:
     """Return when the settings' strategy can be made, fits what is trained, and can be paid for.
 
-    Raises ConfigError.
+    Of a simulation it must also be able to merge as many hospitals as there are. Raises
+    ConfigError.
     """
     chosen = settings.strategy
     strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
     require_no_order(strategy)
+    if isinstance(settings, RunSettings):
+        try:
+            strategy.require_count(settings.sites)
+        except MergeError as problem:
+            raise ConfigError(f"hospitals.count={settings.sites}: {problem}") from None
     if strategy.statistics and not settings.privacy.enabled:
         raise ConfigError(
             f"strategy={chosen.name}: needs {strategy.statistics} statistics, which hospitals "

@@ -30,11 +30,15 @@ class MergeError(ValueError):
 
 
 class ProductSum:
-    """sum_k c_k dW_k of one layer, float64."""
+    """sum_k c_k dW_k of one layer, float64.
+
+    A factor that all of them share comes out as it went in: the next round trains against it.
+    """
 
     def __init__(self) -> None:
         self._parts: list[LowRank] = []
         self._coefficients: list[float] = []
+        self._shares_B = False  # of a single part: others with the same B, another A were added
         self._dense: Tensor | None = None
 
     def add(self, update: LowRank, c: float) -> None:
@@ -45,8 +49,8 @@ class ProductSum:
                 self._dense = torch.zeros(update.shape, dtype=torch.float64)
             self._dense.add_(update.matrix, alpha=c)
             return
-        if self._parts and (both := self._with_last(update, c)) is not None:
-            self._parts[-1], self._coefficients[-1] = both, 1.0
+        update = update.to(torch.float64)
+        if self._parts and self._joined_last(update, c):
             return
         m, n = update.shape
         room = m * n / (m + n) / 2  # columns of factors
@@ -60,21 +64,33 @@ class ProductSum:
     def take(self, factor: float = 1.0) -> Update:
         """``factor`` times the sum. The sum itself is given away: it begins anew."""
         if self._dense is None:
-            total = weighted_sum(self._parts, [factor * c for c in self._coefficients])
-            self._parts, self._coefficients = [], []
+            coefficients = [factor * c for c in self._coefficients]
+            if len(self._parts) > 1:
+                total = weighted_sum(self._parts, coefficients)
+            else:
+                (part,), (c,) = self._parts, coefficients
+                scaled = (part.B, part.A * c) if self._shares_B else (part.B * c, part.A)
+                total = LowRank(*scaled)
+            self._clear()
             return total
         self._multiply_out()
         dense, self._dense = self._dense, None
         return dense if factor == 1.0 else dense.mul_(factor)
 
-    def _with_last(self, update: LowRank, c: float) -> LowRank | None:
-        """The last part and this one as one, where a factor is the same bit for bit."""
+    def _joined_last(self, update: LowRank, c: float) -> bool:
+        """Make one part of the last and this one, where a factor is the same bit for bit."""
         last, own = self._parts[-1], self._coefficients[-1]
-        if update.A.equal(last.A):
-            return LowRank(own * last.B.double() + c * update.B.double(), last.A)
-        if update.B.equal(last.B):
-            return LowRank(last.B, own * last.A.double() + c * update.A.double())
-        return None
+        same_A, same_B = update.A.equal(last.A), update.B.equal(last.B)
+        if same_A and same_B:
+            self._coefficients[-1] = own + c
+        elif same_A:
+            self._parts[-1] = LowRank(own * last.B + c * update.B, last.A)
+            self._coefficients[-1] = 1.0
+        elif same_B:
+            self._parts[-1] = LowRank(last.B, own * last.A + c * update.A)
+            self._coefficients[-1] = 1.0
+            self._shares_B = True
+        return same_A or same_B
 
     def _multiply_out(self) -> None:
         if not self._parts:
@@ -84,7 +100,10 @@ class ProductSum:
             self._dense = total.dense()
         else:
             self._dense.addmm_(total.B, total.A)
-        self._parts, self._coefficients = [], []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._parts, self._coefficients, self._shares_B = [], [], False
 
 
 class ProductSums:
@@ -98,7 +117,11 @@ class ProductSums:
         for name, layer in adapter.layers.items():
             own = c[name] if isinstance(c, Mapping) else c
             total = self._layers.setdefault(name, ProductSum())
-            total.add(layer, own * adapter.spec.scale)
+            if isinstance(layer, Dense):
+                total.add(layer, own * adapter.spec.scale)
+            else:
+                # On B, where the merged adapter takes it off again, whichever factor is shared.
+                total.add(LowRank(layer.B.double() * adapter.spec.scale, layer.A), own)
 
     def take(self, factor: float | Mapping[str, float] = 1.0) -> Updates:
         """``factor`` times the sums, by layer. The sums are given away: they begin anew."""

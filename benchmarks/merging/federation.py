@@ -84,7 +84,8 @@ class Federation:
             sent = [self._round(p, merged, h) for p, h in zip(plans, hospitals, strict=True)]
             stds = tuple(plan.noise_std(noise_multiplier(plan)) for plan in plans)
             draw = Draw(_RUN, number, Noise(merged, stds))
-            merged = merge(strategy, sent, weights, draw, origin=merged).adapter
+            frozen = plans[0].frozen_next
+            merged = merge(strategy, sent, weights, draw, origin=merged, orthonormal=frozen).adapter
         return Outcome(sent, draw, merged)
 
     def initial(self, settings: TrainingSettings) -> Adapter:

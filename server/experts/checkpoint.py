@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 from adapters.base_model import ModelError, embedded_model, skeleton
 from conf.load import ConfigError
 from conf.schema import ModelSettings
-from server.model_folder import ModelFolder, write_weights
+from server.model_folder import ModelFolder, copy_rest, write_weights
 from strategies.base import MergeError
 
 
@@ -93,7 +92,5 @@ class Checkpoint:
 
         ``changed`` keeps shape and precision.
         """
-        for item in self.folder.iterdir():
-            if item.is_file() and ".safetensors" not in item.suffixes:
-                shutil.copyfile(item, out / item.name)
+        copy_rest(out, self._model, self.folder, None)
         write_weights(out, self._model.headers, lambda n: changed(n, self.tensor(n)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +24,11 @@ def load_adapter(key: str, folder: Path) -> Adapter:
         raise ConfigError(f"{key}={folder}: not a LoRA folder ({problem})") from None
     if not adapter.is_finite():
         raise ConfigError(f"{key}={folder}: holds NaN or infinity")
-    return adapter
+    layers = {
+        name: layer.to(torch.promote_types(layer.A.dtype, torch.float32))
+        for name, layer in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)  # lest scaling it round what is stored in less
 
 
 def distinct_names(key: str, folders: Sequence[Path]) -> list[str]:

@@ -195,6 +195,11 @@ def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
         MergeStrategy("lines", {"of": "noise_aware"})
     with pytest.raises(ConfigError, match="weighted_by_key=num-examples: strategy=median counts"):
         MergeStrategy("median", weighted_by_key="num-examples")
+    for alpha in (0, -1.0, float("inf")):
+        with pytest.raises(ConfigError, match=r"alpha=.*: must be a number above 0"):
+            MergeStrategy(alpha=alpha)
+    with pytest.raises(MergeError, match=r"block 1 is adapted, strategy\.blocks=1"):
+        start(MergeStrategy("lines", {"blocks": 1}), local_grid(hospitals()))
     with pytest.raises(ConfigError, match="strategy=lines: needs gram statistics"):
         MergeStrategy("lines", {"of": "regmean"})
     for arrays in ({"conv.weight": torch.ones(2, 2)}, factors(0) | {"head.weight": torch.ones(2)}):

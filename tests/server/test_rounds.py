@@ -370,10 +370,14 @@ def test_too_few_hospitals_are_waited_for_and_not_longer_than_allowed(
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [
-        ({"name": "slerp"}, "slerp merges two"),
-        ({"name": "krum"}, "krum with liars=1 needs at least 5"),
-        ({"name": "trimmed_mean", "liars": 2}, "trimmed_mean with liars=2 needs at least 5"),
-        ({"name": "lines", "of": "krum"}, "krum with liars=1 needs at least 5"),
+        ({"name": "slerp"}, "round 1: 3 hospitals are connected, and slerp merges two"),
+        ({"name": "krum"}, "connected in time: 3, needed: 5"),
+        ({"name": "trimmed_mean", "liars": 2}, "connected in time: 3, needed: 5"),
+        ({"name": "lines", "of": "krum"}, "connected in time: 3, needed: 5"),
+        (
+            {"name": "lines", "blocks": 1},
+            "block 1 is adapted, strategy.blocks=1; nothing was asked",
+        ),
     ],
 )
 def test_nobody_is_asked_for_a_round_that_could_not_be_merged(
@@ -385,6 +389,81 @@ def test_nobody_is_asked_for_a_round_that_could_not_be_merged(
     said: str,
 ) -> None:
     grid = local_grid(honest)
-    with pytest.raises(RoundFailed, match=f"round 1: 3 hospitals are connected, and {said}"):
-        go(grid, settings(strategy=strategy), folder)
+    with pytest.raises(RoundFailed, match=said):
+        go(grid, settings(strategy=strategy, federation={"timeout_s": 0.1}), folder)
     assert grid.asked == []
+
+
+def test_a_rule_waits_for_as_many_as_it_needs_and_they_have_the_whole_time_to_answer(
+    local_grid: Grids, honest: dict[int, Answer], settings: Settings, folder: RunFolder
+) -> None:
+    """``median`` needs a third hospital, which comes when most of the time is over."""
+    began = time.monotonic()
+
+    class Late(local_grid):  # type: ignore[misc, valid-type]
+        def get_nodes(self) -> Any:
+            nodes = list(super().get_nodes())
+            return nodes if time.monotonic() - began > 2.0 else nodes[:2]
+
+        def pull_messages(self, ids: Any) -> Any:
+            return super().pull_messages(ids) if time.monotonic() - began > 4.0 else []
+
+    federation = {"rounds": 1, "timeout_s": 3.0}
+    go(Late(honest), settings(strategy={"name": "median"}, federation=federation), folder)
+    (record,) = folder.finished_rounds()
+    assert (record["hospitals"], record["left_out"]) == (["east", "mid", "west"], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        ("median", "A"),
+        ("task_arithmetic", "A"),
+        ("ties", "A"),
+        ("karcher", "A"),
+        ("lines", "A"),
+        ("knots", "A"),
+        ("median", "B"),
+        ("median", "alternate"),
+        ("ties", "alternate"),
+    ],
+)
+def test_what_the_next_round_freezes_is_orthonormal_where_a_rule_factorises_again(
+    name: str,
+    train: str,
+    local_grid: Grids,
+    honest: dict[int, Answer],
+    settings: Settings,
+    folder: RunFolder,
+) -> None:
+    """A frozen factor as small as what was learned so far would make every step as short."""
+    go(local_grid(honest), settings(strategy={"name": name}, adapter={"train": train}), folder)
+    for number in range(3):
+        adapter = Adapter.load(folder.adapter_folder(number))
+        frozen = "A" if train == "B" or (train == "alternate" and number % 2 == 0) else "B"
+        for layer in adapter.layers.values():
+            rows = layer.A if frozen == "A" else layer.B.T
+            assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["A", "alternate"])
+@pytest.mark.parametrize(
+    "name", ["product_mean", "rolora", "norm_bound", "norm_weighted", "model_stock"]
+)
+def test_a_frozen_factor_stays_what_it_was(
+    name: str,
+    train: str,
+    local_grid: Grids,
+    honest: dict[int, Answer],
+    settings: Settings,
+    folder: RunFolder,
+) -> None:
+    """Bit for bit: LoRA's scale must not move from one factor to the other."""
+    wanted = settings(strategy={"name": name}, adapter={"train": train}, federation={"rounds": 4})
+    go(local_grid(honest), wanted, folder)
+    for number in range(1, 5):
+        before, after = (Adapter.load(folder.adapter_folder(n)) for n in (number - 1, number))
+        frozen = "A" if train == "alternate" and number % 2 else "B"
+        for layer, moved in after.layers.items():
+            was = getattr(before.layers[layer], frozen)
+            assert getattr(moved, frozen).equal(was)

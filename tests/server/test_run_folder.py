@@ -102,7 +102,7 @@ def test_the_text_is_on_the_disk_before_it_gets_its_name(
     monkeypatch.setattr("os.fsync", lambda _: steps.append("synced"))
     monkeypatch.setattr(Path, "replace", watched)
     write_atomically(tmp_path / "file", "new")
-    assert steps == ["synced", "named"]
+    assert steps == ["synced", "named", "synced"]  # the folder, which holds the name
 
 
 def test_the_configuration_is_kept_as_it_was(folder: RunFolder, settings: Settings) -> None:

@@ -6,6 +6,7 @@ Parameters are not the defaults, so that one which is ignored shows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -216,3 +217,32 @@ def test_iso_c_with_strength_k_is_the_sum_of_the_paper() -> None:
     for n in SHAPES:
         U, S, Vh = torch.linalg.svd(sum(dense(own, n)))
         assert gap(found[n], S[:8].mean() * U[:, :8] @ Vh[:8]) < 1e-9
+
+
+def test_karcher_leaves_out_who_points_away_from_the_mean() -> None:
+    """There is no shortest way to the opposite point: its pull would be rounding, blown up."""
+    (own,) = hospitals(1)
+    away = replace(own, layers={n: x * -3.0 for n, x in own.layers.items()})
+    merged = create("karcher").combine([own, away], [0.6, 0.4], Draw())
+    for name, layer in own.deltas().items():
+        size = 0.6 + 0.4 * 3  # the mean of the norms, in norms of the first
+        found = merged[name]
+        assert isinstance(found, LowRank)
+        assert gap(found.dense(), size * layer.to(torch.float64).dense()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["dare", "della"])
+def test_equal_hospitals_are_what_dropping_expects(name: str) -> None:
+    """Over many masks the update itself: who kept an entry does not outvote the others."""
+    (own,) = hospitals(1)
+    copies = [  # not quite equal: of one update all masks would be the same
+        replace(own, layers={n: x * (1 + 1e-9 * k) for n, x in own.layers.items()})
+        for k in range(4)
+    ]
+    draws = 400
+    total = torch.zeros(SHAPES["q"], dtype=torch.float64)
+    for number in range(draws):
+        update = create(name).combine(copies, EQUAL, Draw("run", number))["q"]
+        assert isinstance(update, Tensor)
+        total += update / draws
+    assert gap(total, own.layers["q"].dense()) < 0.1

@@ -156,3 +156,12 @@ def test_padding_of_lower_ranks_does_not_shift_what_is_subtracted() -> None:
     kind = create("lines", {"of": "hetlora", "first": 1.0, "last": 1.0})
     found = merge(kind, same, equal_weights(same), rank=7, origin=origin).adapter
     assert distance(dense(found), dense(one)) < 1e-5
+
+
+def test_who_learned_nothing_has_changed_nothing_at_all() -> None:
+    """Not rounding, which a rule that goes by directions would take for one."""
+    for seed in range(20):
+        origin = hospitals(1, seed, False)[0]
+        changes = Changes([origin, *moved(origin, 2, False)], origin)
+        assert [layer.norm() for layer in changes[0].layers.values()] == [0.0, 0.0]
+        assert all(layer.norm() > 0 for layer in changes[1].layers.values())

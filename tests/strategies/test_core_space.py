@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterSpec
-from adapters.lowrank import LowRank
+from adapters.lowrank import Dense, LowRank
+from strategies.base import Draw
 from strategies.merging import merge
 from strategies.registry import create
 
@@ -79,3 +80,28 @@ def test_a_direction_that_cancels_or_is_missing_is_not_made_up_from_rounding(nam
         return [Adapter(first.spec, {"q": LowRank(own, A)}) for own in pair]
 
     assert gap(merged(name, made(1)), merged(name, made(2))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["core_ties", "knots", "tsv_m", "iso_c"])
+def test_of_whole_matrices_no_identity_of_their_longer_side_is_made(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedding has as many rows as the vocabulary, whose square fits into no machine."""
+    g = torch.Generator().manual_seed(0)
+    tall = [torch.randn(300, 5, generator=g) for _ in range(3)]
+    spec = AdapterSpec(5, 5.0, ("embed",))
+    small = [Adapter(spec, {"embed": LowRank(t, torch.eye(5))}) for t in tall]
+    whole = [Adapter(spec, {"embed": Dense(t)}) for t in tall]
+    expected = create(name).combine(small, [1 / 3] * 3, Draw())["embed"]
+
+    def eye(n: int, *others: int, **options: object) -> Tensor:
+        assert n <= 15
+        return torch.ones(n).diag().to(options.get("dtype", torch.float32))  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "eye", eye)
+    found = create(name).combine(whole, [1 / 3] * 3, Draw())["embed"]
+    assert isinstance(found, Dense)
+    assert found.shape == (300, 5)
+    if name in ("tsv_m", "iso_c"):  # entries of the core depend on its bases, which differ
+        assert isinstance(expected, LowRank)
+        assert gap(found.dense(), expected.dense()) < 1e-9

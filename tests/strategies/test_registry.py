@@ -16,7 +16,7 @@ from conf.schema import RunSettings
 from strategies import registry
 from strategies.base import Declaration, Draw, Strategy, Update, product_means
 from strategies.merging import merge
-from strategies.registry import create, strategies
+from strategies.registry import create, require_strategy, strategies
 
 
 class Half(Strategy):
@@ -75,3 +75,29 @@ def test_what_is_no_strategy_is_named(
     installed(what)
     with pytest.raises(ConfigError, match=said):
         strategies()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("strategy=krum", "hospitals.count=3: krum with liars=1 needs at least 5"),
+        ("strategy=slerp", "hospitals.count=3: slerp merges two"),
+        ("strategy=median hospitals=pooled", "hospitals.count=1: median needs at least 3"),
+    ],
+)
+def test_a_simulation_of_more_or_fewer_hospitals_than_a_rule_merges_is_refused_at_once(
+    options: str, said: str
+) -> None:
+    """On a server the others may still come; here nobody does."""
+    with pytest.raises(ConfigError, match=said):
+        require_strategy(load("simulate", options.split(), RunSettings))
+    require_strategy(load("simulate", ["strategy=krum", "hospitals.count=5"], RunSettings))
+
+
+@pytest.mark.parametrize(
+    ("name", "fewest"),
+    [("krum", 5), ("median", 3), ("trimmed_mean", 3), ("slerp", 1), ("fedsvd", 1)],
+)
+def test_how_many_a_strategy_needs(name: str, fewest: int) -> None:
+    assert create(name).fewest() == fewest
+    assert create("lines", {"of": name}).fewest() == fewest

@@ -314,10 +314,13 @@ def test_a_model_in_several_files_is_moved_whole_and_stray_files_are_not_part_of
     parts.save_pretrained(split, max_shard_size="40KB")
     assert len(list(split.glob("*.safetensors"))) > 1
     save_file({"stray": torch.zeros(1)}, split / "stray.safetensors")
+    (split / "pytorch_model.bin").write_bytes(b"weights that nobody has moved")
     move(tuned=tuned, target=target, out=tmp_path / "from_one")
     move(tuned=tuned, target=split, out=tmp_path / "from_several")
     one, several = weights(tmp_path / "from_one"), weights(tmp_path / "from_several")
     assert one.keys() == several.keys()
+    assert not (tmp_path / "from_several" / "pytorch_model.bin").exists()
+    assert (tmp_path / "from_several" / "tokenizer.json").exists()
     assert all(torch.equal(one[name], several[name]) for name in one)
 
 
