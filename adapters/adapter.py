@@ -8,7 +8,6 @@ scale = alpha / rank; factors are kept here exactly as PEFT stores them and the 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.chosen_layers import chosen_layers
+from adapters.disk import to_disk
 from adapters.lowrank import LowRank, stack
 from adapters.peft_config import NAME, read_config
 from adapters.tensor_file import write_tensors
@@ -164,13 +164,13 @@ class Adapter:
         config = replace(self.spec, targets=self.modules, layers=None).peft_config(base_model)
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        _to_disk(folder / NAME)
+        to_disk(folder / NAME)
         flat = {_PREFIX + k: v.detach().to(dtype).contiguous() for k, v in self.tensors().items()}
         part = folder / "adapter_model.safetensors.part"
         write_tensors(flat, part)
-        _to_disk(part)
+        to_disk(part)
         part.replace(folder / "adapter_model.safetensors")
-        _to_disk(folder)
+        to_disk(folder)
         return folder
 
     @staticmethod
@@ -194,15 +194,6 @@ class Adapter:
         if config.targets is None:  # the names of its factors say which
             return Adapter(replace(spec, targets=tuple(sorted(loaded.layers))), loaded.layers)
         return loaded
-
-
-def _to_disk(path: Path) -> None:
-    """Return once a file, or the entries of a folder, would outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:

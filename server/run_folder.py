@@ -23,6 +23,7 @@ from typing import Any, overload
 import yaml
 
 from adapters.adapter import Adapter
+from adapters.disk import to_disk
 from adapters.statistics import load_measured
 from conf.load import validate
 from conf.schema import RunSettings, TrainingSettings
@@ -133,6 +134,4 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    to_disk(path.parent)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from adapters.disk import to_disk
 
 
 @contextmanager
@@ -29,12 +30,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         for path in [*made.rglob("*"), made]:
-            _to_disk(path)
+            to_disk(path)
         made.rename(out)
-        _to_disk(out.parent)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+        to_disk(out.parent)

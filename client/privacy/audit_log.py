@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from adapters.disk import to_disk
+
 GENESIS = "0" * 64
 _LONGEST = 64 * 1024  # bytes of a line; what is written is far shorter
 
@@ -76,7 +78,7 @@ class AuditLog:
                     file.truncate(size)  # the message will not leave, and half a line is none
                     raise
             if new:
-                _sync_folder(self.path.parent)
+                to_disk(self.path.parent)
         except OSError as problem:
             raise AuditLogError(
                 f"{self.path}: cannot be written ({problem.strerror or problem}); make room "
@@ -157,12 +159,3 @@ def _checked(text: bytes) -> dict[str, Any]:
 
 def _hash(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

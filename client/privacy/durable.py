@@ -6,12 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 
+from adapters.disk import to_disk
+
 
 def replace(path: Path, content: bytes) -> None:
     """Put ``content`` in the place of what ``path`` held. A crash leaves the old or the new."""
     part = _written_beside(path, content)
     part.replace(path)
-    _sync(path.parent)
+    to_disk(path.parent)
 
 
 def create(path: Path, content: bytes) -> None:
@@ -24,7 +26,7 @@ def create(path: Path, content: bytes) -> None:
         os.link(part, path)  # unlike a rename, it never takes the place of another file
     finally:
         part.unlink()
-    _sync(path.parent)
+    to_disk(path.parent)
 
 
 def _written_beside(path: Path, content: bytes) -> Path:
@@ -35,11 +37,3 @@ def _written_beside(path: Path, content: bytes) -> Path:
         sink.flush()
         os.fsync(sink.fileno())
     return Path(name)
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
