@@ -123,10 +123,14 @@ def _server(overrides: list[str], multirun: bool, console: Console) -> int:
     folder = RunFolder(command.run_dir)
     if not (folder.path / "config.yaml").exists():
         folder.create(command)
-    elif folder.training() != RunFolder.training_of(command):
+    elif (begun := folder.training()) != (asked := RunFolder.training_of(command)):
+        from simulation.comparison import differences
+
+        both = [settings.model_dump(mode="json") for settings in (begun, asked)]
+        changed = ", ".join(f"{key}={was}" for key, (was, _) in differences(both).items())
         raise ConfigError(
             f"run_dir={command.run_dir}: holds a run with another configuration; give the options "
-            "it was started with (config.yaml), or another run_dir"
+            f"it was started with ({changed}), or another run_dir"
         )
     return 0 if serve(command.server, folder, console) else 1
 

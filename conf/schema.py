@@ -132,7 +132,7 @@ class FederationSettings(Settings):
     rounds: Annotated[int, Field(ge=1, le=1000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     min_hospitals: Annotated[int, Field(ge=1)]
-    timeout_s: Positive  # of one round
+    timeout_s: Positive  # for hospitals to connect in a round, and again for their answers
     wire: Wire = "float32"  # of the trained factors on their way; what is frozen stays exact
 
     @model_validator(mode="after")

@@ -89,7 +89,8 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
         try:
             _wait(flower, link.ready)
             door = _Door(settings.sites, link) if ca else None
-            needed = hospitals_needed(folder.training())
+            needed, said_by = hospitals_needed(folder.training())
+            console.print(f"waiting for {needed} hospitals ({escape(said_by)})")
             _gather(link, door, needed, flower, status, console)
             run_id = link.submit()
             write_atomically(_submitted(state), str(run_id))

@@ -8,8 +8,9 @@ the round and nobody else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -151,6 +152,15 @@ def _moved_what_was_frozen(
     factor = min(moved, key=lambda f: len(moved[f]))
     reason = f"lora_{factor} is not as it was sent"
     return {node: LeftOut(str(node), reason) for node in moved[factor]}
+
+
+def frozen_in(good: Sequence[Good], sent: Sent) -> Literal["A", "B"]:
+    """The factor that every hospital has left as it was sent; A where it is neither or both."""
+
+    def moved(factor: str) -> bool:
+        return any(not _same(one.adapter, sent.adapter, factor) for one in good)
+
+    return "B" if moved("A") and not moved("B") else "A"
 
 
 def _same(one: Adapter, other: Adapter, factor: str) -> bool:

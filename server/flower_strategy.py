@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from adapters.adapter import Adapter
 from conf.load import ConfigError
-from server.flower_replies import EQUAL, Sent, Unusable, judged, weight_of
+from server.flower_replies import EQUAL, Sent, Unusable, frozen_in, judged, weight_of
 from strategies.base import Draw, MergeError, Strategy
 from strategies.merging import Merge, merge
 from strategies.registry import create, require_no_order
@@ -51,8 +51,8 @@ class MergeStrategy(FedAvg):
     Raises ConfigError for an unknown strategy or parameter, or one that needs statistics, which
     these messages do not carry, or an order, which hospitals do not have, and for an ``alpha`` not
     above 0. With no usable reply at all, or with too few for the strategy as some were left out,
-    the arrays stay as they were. A round raises MergeError when every hospital has answered as it
-    should and the strategy still cannot merge that many: no later round would do better.
+    the arrays stay as they were. A round raises MergeError when it samples more or fewer hospitals
+    than the strategy can merge, before it asks them: no later round would do better.
     """
 
     def __init__(
@@ -101,11 +101,14 @@ class MergeStrategy(FedAvg):
     ) -> Iterable[Message]:
         """As FedAvg. Raises ValueError when ``arrays`` are not the factors of a LoRA adapter.
 
-        Raises MergeError when the strategy cannot merge such layers.
+        Raises MergeError, before anybody is asked, when the strategy cannot merge such layers or as
+        many hospitals as were sampled.
         """
         self._sent = Sent.read(arrays, self.alpha)
         self.strategy.require_layers(self._sent.adapter.layers)
         self._asked = list(super().configure_train(server_round, arrays, config, grid))
+        if self._asked:
+            self.strategy.require_count(len(self._asked))
         return self._asked
 
     def aggregate_train(
@@ -137,7 +140,15 @@ class MergeStrategy(FedAvg):
         try:
             rank = None if alike else spec.rank
             strategy = self.strategy.after(caught, len(self._asked))
-            found = merge(strategy, adapters, shares, draw, rank, origin=self._sent.adapter)
+            found = merge(
+                strategy,
+                adapters,
+                shares,
+                draw,
+                rank,
+                origin=self._sent.adapter,
+                orthonormal=frozen_in(in_order, self._sent),
+            )
         except MergeError as problem:
             if not left_out:
                 raise

@@ -66,14 +66,14 @@ def federate(
         plan = plan_round(settings, folder.name, number, base_model, strategy.statistics)
         sent = folder.global_adapter()
         try:
-            strategy.require_layers(plan.trained_layers(sent.layers))
+            strategy.require_layers(sent.layers)
         except MergeError as problem:
             raise RoundFailed(
                 f"round {number}: {problem}; nothing was asked of hospitals"
             ) from None
-        needed = hospitals_needed(settings)
+        needed, said_by = hospitals_needed(settings)
         timeout_s = settings.federation.timeout_s
-        nodes = _wait_for_nodes(grid, needed, began + timeout_s, stop, report)
+        nodes = _wait_for_nodes(grid, needed, said_by, began + timeout_s, stop, report)
         try:
             strategy.require_count(len(nodes))
         except MergeError as problem:
@@ -112,11 +112,13 @@ def federate(
     return folder.global_adapter()
 
 
-def hospitals_needed(settings: TrainingSettings) -> int:
-    """How many must be connected before a round begins: as the settings and the strategy say."""
-    chosen = settings.strategy
-    strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
-    return max(settings.federation.min_hospitals, strategy.fewest())
+def hospitals_needed(settings: TrainingSettings) -> tuple[int, str]:
+    """How many must be connected before a round begins, and the option that says so."""
+    chosen, least = settings.strategy, settings.federation.min_hospitals
+    fewest = create(chosen.name, chosen.parameters, settings.adapter.train).fewest()
+    if fewest > least:
+        return fewest, f"strategy={chosen.name}"
+    return least, f"federation.min_hospitals={least}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _starting_point(settings: TrainingSettings, folder: RunFolder) -> str:
 
 
 def _wait_for_nodes(
-    grid: Grid, needed: int, deadline: float, stop: threading.Event, report: Report
+    grid: Grid, needed: int, said_by: str, deadline: float, stop: threading.Event, report: Report
 ) -> dict[int, str]:
     """All connected hospitals, once there are enough of them: node id -> registered name.
 
@@ -218,7 +220,9 @@ def _wait_for_nodes(
         if len(nodes) >= needed:
             return nodes
         if time.monotonic() > deadline:
-            raise RoundFailed(f"hospitals connected in time: {len(nodes)}, needed: {needed}")
+            raise RoundFailed(
+                f"hospitals connected in time: {len(nodes)}, needed: {needed} ({said_by})"
+            )
         _pause(stop)
 
 

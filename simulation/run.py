@@ -87,7 +87,9 @@ def open_run(settings: RunSettings, overrides: list[str]) -> tuple[RunSettings, 
     if not (folder.path / "config.yaml").exists():
         raise ConfigError(f"resume={settings.resume}: no run folder (config.yaml is missing)")
     try:
-        return folder.settings(), folder
+        started_with = folder.settings()
+        require_strategy(started_with)  # an older version may have begun what cannot end
+        return started_with, folder
     except ConfigError as problem:
         raise ConfigError(f"{folder.path / 'config.yaml'}: {problem}") from None
 

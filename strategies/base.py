@@ -117,6 +117,11 @@ class Strategy(Settings):
         """Whether weights have an effect."""
         return self.declared.weighted
 
+    @property
+    def on_factors(self) -> bool:
+        """Whether it computes on B and A, so that their columns must mean the same everywhere."""
+        return self.declared.space == "factors"
+
     def require_count(self, count: int) -> None:
         """Return when so many adapters can be merged; asked before hospitals pay for a round.
 

@@ -26,10 +26,14 @@ class Changes(Sequence[Adapter]):
     """``adapters`` less ``origin``, one at a time; as many are in memory as are asked for.
 
     Where all share a factor with ``origin`` a change has their rank, else the sum of both ranks.
+    With ``on_factors`` every column is the same thing in all of them; without, who has learned
+    nothing has changed exactly nothing.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], origin: Adapter) -> None:
-        self._adapters, self._origin = adapters, origin
+    def __init__(
+        self, adapters: Sequence[Adapter], origin: Adapter, on_factors: bool = False
+    ) -> None:
+        self._adapters, self._origin, self._on_factors = adapters, origin, on_factors
         shared = {"A", "B"}
         for adapter in adapters:
             shared = {factor for factor in shared if _shares(adapter, origin, factor)}
@@ -73,16 +77,20 @@ class Changes(Sequence[Adapter]):
                 layers[name] = LowRank(own.B - ratio * before.B, own.A)
             elif self._shared == "B":
                 layers[name] = LowRank(own.B, own.A - ratio * before.A)
-            elif ratio == 1 and own.B.equal(before.B) and own.A.equal(before.A):
+            elif self._on_factors or ratio != 1 or not _equal(own, before):
+                layers[name] = stack([before * -ratio, own])  # in the same columns everywhere
+            else:
                 both = stack([before, before])  # whose difference would be rounding, not zero
                 layers[name] = LowRank(both.B, torch.zeros_like(both.A))
-            else:
-                layers[name] = stack([before * -ratio, own])  # in the same columns everywhere
         rank = next(iter(layers.values())).rank
         spec = adapter.spec
         return replace(
             adapter, spec=AdapterSpec(rank, spec.scale * rank, spec.targets), layers=layers
         )
+
+
+def _equal(one: LowRank, other: LowRank) -> bool:
+    return one.B.equal(other.B) and one.A.equal(other.A)
 
 
 def _shares(adapter: Adapter, origin: Adapter, factor: Literal["A", "B"] | str) -> bool:

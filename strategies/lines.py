@@ -52,6 +52,11 @@ class Lines(Strategy):
         """Whether weights have an effect on the wrapped strategy."""
         return self.wrapped.weighted
 
+    @property
+    def on_factors(self) -> bool:
+        """Whether the wrapped strategy does."""
+        return self.wrapped.on_factors
+
     def require_count(self, count: int) -> None:
         """See ``Strategy.require_count``: what the wrapped strategy can merge."""
         self.wrapped.require_count(count)

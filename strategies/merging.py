@@ -110,7 +110,7 @@ def _combined(
 ) -> Updates:
     if origin is None or not strategy.declared.of_changes:
         return dict(strategy.combine(adapters, weights, draw))
-    changes = Changes(adapters, origin)
+    changes = Changes(adapters, origin, strategy.on_factors)
     return changes.added(strategy.combine(changes, weights, changes.draw(draw)))
 
 

@@ -80,7 +80,9 @@ def require_strategy(settings: TrainingSettings) -> None:
         try:
             strategy.require_count(settings.sites)
         except MergeError as problem:
-            raise ConfigError(f"hospitals.count={settings.sites}: {problem}") from None
+            pooled = settings.hospitals.layout == "pooled"
+            said = "hospitals=pooled" if pooled else f"hospitals.count={settings.sites}"
+            raise ConfigError(f"{said}: {problem}") from None
     if strategy.statistics and not settings.privacy.enabled:
         raise ConfigError(
             f"strategy={chosen.name}: needs {strategy.statistics} statistics, which hospitals "

@@ -213,6 +213,7 @@ def test_another_configuration_is_not_mixed_into_a_federation(
     RunFolder(tmp_path / "run").create(load("server", [run], ServerCommand))
     message = refused(capsys, "server", run, "privacy.epsilon=1")
     assert message.startswith(f"{run}: holds a run with another configuration")
+    assert "(privacy.epsilon=8.0)" in message
 
 
 def test_the_process_ends_with_the_code_and_without_a_traceback(tmp_path: Path) -> None:

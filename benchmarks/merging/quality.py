@@ -190,17 +190,17 @@ def cells(scale: Scale, hospitals: Sequence[int], seeds: Sequence[int]) -> Itera
         for arm in (ALONE, POOLED, *ARMS):
             for epsilon in EPSILONS:
                 yield Cell(count, arm, epsilon, seed, scale)
+    for arm in (name for name in IN_ROUNDS if _merges(name, few)):
+        for epsilon in _EPSILONS_OF_RULES:
+            yield Cell(few, arm, epsilon, first, scale)
+    for arm in WITHOUT_PRIVACY:
+        yield Cell(few, arm, None, first, scale)
     for seed, count in [*((first, count) for count in hospitals), *((s, few) for s in others)]:
         for arm in MIXED:
             yield Cell(count, arm, EPSILONS[1], seed, scale)
         for arm in STATISTICS:
             for epsilon in EPSILONS[1:]:
                 yield Cell(count, arm, epsilon, seed, scale)
-    for arm in (name for name in IN_ROUNDS if _merges(name, few)):
-        for epsilon in _EPSILONS_OF_RULES:
-            yield Cell(few, arm, epsilon, first, scale)
-    for arm in WITHOUT_PRIVACY:
-        yield Cell(few, arm, None, first, scale)
 
 
 def _merges(strategy: str, count: int) -> bool:

@@ -127,7 +127,7 @@ def _row(arm: str, epsilon: Epsilon, own: BySeed, reference: BySeed, default: By
     both = [seed for seed in shared if seed in default]
     if both and arm != _DEFAULT:
         difference = _ratio(gains(own, both) - gains(default, both), gains(reference, both))
-    every = gains(own, sorted(own))
+    every = gains(own, shared or sorted(own))
     return Row(arm, epsilon, _ratio(every, np.ones_like(every)), share, difference)
 
 

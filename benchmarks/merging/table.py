@@ -34,6 +34,7 @@ class View:
     title: str
     caption: str
     cell: Callable[[Row], str]
+    figure: Callable[[Row], Figure | None]  # of the cell, which rests on so many seeds
 
 
 def gains(title: str) -> View:
@@ -42,7 +43,7 @@ def gains(title: str) -> View:
         "millibits per character saved; share of fedsvd without privacy; 95 % intervals, of one "
         "seed over notes only"
     )
-    return View(title, caption, _gain_and_share)
+    return View(title, caption, _gain_and_share, lambda row: row.gain)
 
 
 def differences(title: str) -> View:
@@ -51,7 +52,7 @@ def differences(title: str) -> View:
         "points of share more than fedsvd at the same epsilon, under the same seeds; 95 % "
         "intervals, of one seed over notes only"
     )
-    return View(title, caption, _difference)
+    return View(title, caption, _difference, lambda row: row.difference)
 
 
 def of(found: Sequence[Row], view: View) -> Table:
@@ -79,7 +80,7 @@ def _cells(found: Sequence[Row], view: View) -> list[list[str]]:
         own = {row.epsilon: row for row in found if row.arm == arm}
         cells = [view.cell(own[epsilon]) if epsilon in own else "" for epsilon in EPSILONS]
         if any(cells):
-            seeds = sorted({row.gain.seeds for row in own.values()})
+            seeds = sorted({f.seeds for row in own.values() if (f := view.figure(row))})
             lines.append([arm, *cells, " to ".join(map(str, seeds))])
     return lines
 

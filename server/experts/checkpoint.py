@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,12 @@ from transformers import AutoTokenizer
 from adapters.base_model import ModelError, embedded_model, skeleton
 from conf.load import ConfigError
 from conf.schema import ModelSettings
-from server.model_folder import ModelFolder, copy_rest, write_weights
+from server.model_folder import ModelFolder, write_weights
 from strategies.base import MergeError
+
+_WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
+}  # fmt: skip
 
 
 class Checkpoint:
@@ -90,7 +95,10 @@ class Checkpoint:
     def copy(self, out: Path, changed: Callable[[str, Tensor], Tensor]) -> None:
         """Write the same folder to ``out`` with every tensor passed through ``changed``.
 
-        ``changed`` keeps shape and precision.
+        ``changed`` keeps shape and precision. Weights in other formats, which nobody has moved, are
+        left out.
         """
-        copy_rest(out, self._model, self.folder, None)
+        for item in self.folder.iterdir():
+            if item.is_file() and not _WEIGHTS & set(item.suffixes):
+                shutil.copyfile(item, out / item.name)
         write_weights(out, self._model.headers, lambda n: changed(n, self.tensor(n)))

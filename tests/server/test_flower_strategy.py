@@ -182,6 +182,28 @@ def test_ranks_may_differ_and_then_alpha_counts(local_grid: Grids) -> None:
 # --- mistakes of the user -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("moved", ["A", "B"])
+def test_where_a_rule_factorises_again_what_hospitals_left_frozen_is_orthonormal(
+    moved: str, local_grid: Grids
+) -> None:
+    own = {k: partial(trained, moved, k) for k in (1, 2, 3)}
+    arrays = start(only_train("median"), local_grid(own)).arrays.to_torch_state_dict()
+    for name, tensor in arrays.items():
+        rows = tensor.T if "lora_B" in name else tensor
+        orthonormal = torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-5)
+        assert orthonormal == (f"lora_{moved}" not in name)
+
+
+@pytest.mark.parametrize(("name", "count"), [("median", 2), ("slerp", 3)])
+def test_nobody_is_asked_for_a_round_that_could_not_be_merged(
+    name: str, count: int, local_grid: Grids
+) -> None:
+    grid = local_grid({k: partial(hospital, k) for k in range(1, count + 1)})
+    with pytest.raises(MergeError, match=r"needs at least 3|merges two"):
+        start(only_train(name), grid)
+    assert grid.asked == []
+
+
 def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
     with pytest.raises(ConfigError, match=r"strategy\.name=best: choose one of"):
         MergeStrategy("best")

@@ -130,6 +130,16 @@ def test_a_wrapped_strategy_acts_on_changes_too(of: str, parameters: dict[str, A
     assert distance(dense(wrapped), dense(alone)) < 1e-5
 
 
+def test_a_wrapped_average_of_factors_averages_the_same_columns_everywhere() -> None:
+    """Also of a hospital that sends back what it was sent."""
+    origin = origin_of("fedavg", False)
+    sent = [origin, *moved(origin, 4, False)]
+    kind = create("lines", {"of": "fedavg", "first": 1.0, "last": 1.0})
+    wrapped = merge(kind, sent, [0.2] * 5, origin=origin).adapter
+    alone = merge(create("fedavg"), sent, [0.2] * 5, origin=origin).adapter
+    assert distance(dense(wrapped), dense(alone)) < 1e-5
+
+
 def test_ranks_and_scales_of_hospitals_may_differ_from_the_origins() -> None:
     origin = origin_of("lines", False)
     others = hospitals(3, 2, False, ranks=(1, 2, 4))

@@ -82,7 +82,7 @@ def test_what_is_no_strategy_is_named(
     [
         ("strategy=krum", "hospitals.count=3: krum with liars=1 needs at least 5"),
         ("strategy=slerp", "hospitals.count=3: slerp merges two"),
-        ("strategy=median hospitals=pooled", "hospitals.count=1: median needs at least 3"),
+        ("strategy=median hospitals=pooled", "hospitals=pooled: median needs at least 3"),
     ],
 )
 def test_a_simulation_of_more_or_fewer_hospitals_than_a_rule_merges_is_refused_at_once(
