@@ -4,17 +4,18 @@ Hospitals are the largest departments of the MTSamples; the unit is the note. A 
 federation: so many hospitals, one arm, one epsilon, one seed. Its figure is the mean over
 departments of the bits per character that its adapter saves on held-out notes.
 
-Every cell is a line of a file, written when it ends: what is there is not computed again, and what
-was interrupted goes on after its last finished hospital's round.
+Every cell is a line of a file, written when it ends: what is there under the same settings is not
+computed again, and what was interrupted goes on after its last finished hospital's round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -150,6 +151,7 @@ class Result:
     bits: dict[str, list[float]]
     chars: dict[str, list[int]]
     rules: dict[str, dict[str, list[float]]]  # last round merged by other strategies; OWN_NOTES
+    settings: str = ""  # fingerprint of what it was measured under
 
     @classmethod
     def of(cls, line: str) -> Result:
@@ -213,7 +215,7 @@ def _merges(strategy: str, count: int) -> bool:
 
 def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -> list[Result]:
     """Results of all cells, from the file or by ``jobs`` processes of one thread each."""
-    known = {result.cell.key: result for result in read(file)}
+    known = {r.cell.key: r for r in read(file) if r.settings == fingerprint(r.cell)}
     missing = list({cell.key: cell for cell in wanted if cell.key not in known}.values())
     task = progress.add_task("federations", total=len(known) + len(missing), completed=len(known))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -273,6 +275,20 @@ def settings(cell: Cell, hospitals: int) -> RunSettings:
     return made.model_copy(update={"privacy": made.privacy.model_copy(update=larger)})
 
 
+def fingerprint(cell: Cell) -> str:
+    """Of the settings that decide its figures: a default that changes makes another federation."""
+    return _fingerprint(replace(cell, seed=0))  # no setting follows from the seed
+
+
+@cache
+def _fingerprint(cell: Cell) -> str:
+    whole = dict.fromkeys(("adapter", "model", "optimizer", "privacy", "strategy"), True)
+    told = settings(cell, cell.hospitals).model_dump_json(
+        include={**whole, "federation": {"rounds", "local_steps"}}
+    )
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def _is(arm: str, cell: Cell) -> bool:
     """At its own rate or another."""
     return cell.arm.partition(", ")[0] == arm
@@ -314,7 +330,7 @@ def _measured(cell: Cell) -> Result:
                 for name, one in _by_other_rules(ended)
             }
     chars = {site.name: [note.chars for note in site.held_out] for site in sites}
-    return Result(cell, base, found, chars, rules)
+    return Result(cell, base, found, chars, rules, fingerprint(cell))
 
 
 def _by_other_rules(ended: Outcome) -> Iterator[tuple[str, Adapter]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
 from benchmarks.merging import quality
 from benchmarks.merging.quality import FULL, Cell, Result
@@ -46,3 +48,35 @@ def test_a_line_that_was_cut_short_costs_no_other_line(tmp_path: Path) -> None:
     assert quality.read(file) == whole
     quality._append(file, lines[0])
     assert quality.read(file) == [*whole, whole[0]]
+
+
+def test_what_was_measured_under_other_settings_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default that changes leaves no figure of the old one in its place."""
+    file, cell = tmp_path / "quality.jsonl", Cell(4, "dare", 8.0, 0, FULL)
+    same = quality.fingerprint(cell)
+    assert quality.fingerprint(replace(cell, seed=2)) == same
+    assert quality.fingerprint(replace(cell, epsilon=3.0)) != same
+    measured = Result(cell, {"a": [1.0]}, {"a": [0.5]}, {"a": [9]}, {}, same)
+    quality._append(file, json.dumps(asdict(measured)))
+    with Progress(disable=True) as progress:
+        assert quality.measure([cell], file, 1, progress) == [measured]
+        arms = {**quality.IN_ROUNDS, "dare": ("strategy=dare", "strategy.agreeing=mean")}
+        monkeypatch.setattr(quality, "IN_ROUNDS", arms)
+        quality._fingerprint.cache_clear()
+        asked: list[Cell] = []
+
+        class Pool(ThreadPoolExecutor):
+            def __init__(self, jobs: int, **_: object) -> None:
+                super().__init__(jobs)
+
+        def measured_again(cell: Cell) -> Result:
+            asked.append(cell)
+            return replace(measured, settings="other")
+
+        monkeypatch.setattr(quality, "ProcessPoolExecutor", Pool)
+        monkeypatch.setattr(quality, "_measured", measured_again)
+        assert quality.measure([cell], file, 1, progress)[0].settings == "other"
+    assert asked == [cell]
+    quality._fingerprint.cache_clear()
