@@ -12,10 +12,10 @@ import torch
 from flwr.app import ArrayRecord, Error, Message
 from torch import Tensor
 
-from adapters.adapter import Adapter
 from conf.schema import TrainingSettings
 from server.rounds import RoundFailed, federate
 from server.run_folder import RunFolder
+from tests.server.test_rounds import go
 from transport.wire import pack_refusal, pack_result, unpack_task
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ Answer = Callable[[Message], Message | None]
 Settings = Callable[..., TrainingSettings]
 Grids = type["LocalGrid"]
 Alter = Callable[[Tensor], Tensor]
-
-
-def go(grid: LocalGrid, settings: TrainingSettings, folder: RunFolder) -> Adapter:
-    return federate(grid, settings, folder.create(settings), threading.Event(), lambda *_: None)
 
 
 def altered(honest: Answer, alter: Alter, message: Message) -> Message:

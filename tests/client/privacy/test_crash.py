@@ -178,7 +178,7 @@ def test_a_process_killed_at_200_random_instants(site: Callable[[], Site]) -> No
         (("durable", "create", 1, "after"), [], 1),
         (("LedgerFile", "append", 1, "after"), [], 1),  # in the transaction: it never was
         (("Anchor", "write", 1, "before"), ["RESERVED"], 2),  # between the two writes
-        (("durable", "_sync", 2, "before"), ["RESERVED"], 2),  # the anchor's name not on disk yet
+        (("durable", "to_disk", 2, "before"), ["RESERVED"], 2),  # the anchor's name not on disk yet
         (("Anchor", "write", 1, "after"), ["RESERVED"], 2),
         (("Ledger", "commit", 1, "before"), ["RESERVED"], 2),  # trained, and lost
         (("LedgerFile", "append", 2, "after"), ["RESERVED"], 2),  # committed without its reply: no
