@@ -90,7 +90,7 @@ def _quality(options: argparse.Namespace, progress: Progress) -> dict[str, float
 
 def _results() -> list[quality.Result]:
     """All there is at full scale: a part alone would replace the page."""
-    return [r for r in quality.read(RESULTS) if r.cell.scale == quality.FULL]
+    return [r for r in quality.current(RESULTS) if r.cell.scale == quality.FULL]
 
 
 def _options() -> argparse.Namespace:

@@ -215,7 +215,7 @@ def _merges(strategy: str, count: int) -> bool:
 
 def measure(wanted: Sequence[Cell], file: Path, jobs: int, progress: Progress) -> list[Result]:
     """Results of all cells, from the file or by ``jobs`` processes of one thread each."""
-    known = {r.cell.key: r for r in read(file) if r.settings == fingerprint(r.cell)}
+    known = {result.cell.key: result for result in current(file)}
     missing = list({cell.key: cell for cell in wanted if cell.key not in known}.values())
     task = progress.add_task("federations", total=len(known) + len(missing), completed=len(known))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -247,6 +247,11 @@ def read(file: Path) -> list[Result]:
         except json.JSONDecodeError:
             continue
     return found
+
+
+def current(file: Path) -> list[Result]:
+    """What was measured under today's settings; what was not is no figure of what runs now."""
+    return [result for result in read(file) if result.settings == fingerprint(result.cell)]
 
 
 def settings(cell: Cell, hospitals: int) -> RunSettings:

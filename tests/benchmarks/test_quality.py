@@ -65,6 +65,7 @@ def test_what_was_measured_under_other_settings_is_measured_again(
         arms = {**quality.IN_ROUNDS, "dare": ("strategy=dare", "strategy.agreeing=mean")}
         monkeypatch.setattr(quality, "IN_ROUNDS", arms)
         quality._fingerprint.cache_clear()
+        assert quality.current(file) == []
         asked: list[Cell] = []
 
         class Pool(ThreadPoolExecutor):
