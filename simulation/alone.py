@@ -17,6 +17,7 @@ from conf.policy import SitePolicy
 from conf.schema import RunSettings
 from server.run_folder import RunFolder
 from simulation.sites import Site
+from transport.wire import unpack_upload
 
 
 def train_alone(
@@ -41,7 +42,7 @@ def train_alone(
             on_step(done + step, (rounds - 1) * steps)
 
         outgoing = train_round(plan, adapter, policy, report)
-        adapter = plan.joined(adapter, outgoing.tensors)
+        adapter = plan.joined(adapter, unpack_upload(outgoing.tensors, adapter, plan))
     return Adapter.load(adapter.save(saved))
 
 

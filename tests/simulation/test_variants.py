@@ -83,7 +83,7 @@ def test_other_parts_of_the_adapter_can_be_trained(
 
 def test_a_quarter_of_the_bytes_ends_in_nearly_the_same_adapter(go: Run) -> None:
     common = (
-        "privacy=none", "optimizer.learning_rate=1", "evaluation.alone=false", "adapter.rank=16",
+        "privacy=none", "optimizer.learning_rate=1", "adapter.rank=16",
     )  # fmt: skip
     exact, rough = (go(wire, *common, f"federation.wire={wire}") for wire in ("float32", "int8"))
     up = [summary["rounds"][0]["bytes_up"] for _, summary, _ in (exact, rough)]
