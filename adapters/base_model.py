@@ -85,9 +85,9 @@ def load_base(settings: ModelSettings) -> BaseModel:
     name = _EMBEDDED_NAME if settings.source == "smollm2" else _name_of(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **_precision(settings))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as problem:
         raise _no_model(folder, problem) from None
+    tokenizer = load_tokenizer(settings)
     model.eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -106,6 +106,15 @@ def _precision(settings: ModelSettings) -> dict[str, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     return {"quantization_config": how, "dtype": torch.bfloat16, "device_map": "cpu"}
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. Raises ModelError like ``load_base``."""
+    folder = _folder(settings)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as problem:
+        raise _no_model(folder, problem) from None
 
 
 def skeleton(settings: ModelSettings) -> PreTrainedModel:

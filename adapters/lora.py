@@ -48,7 +48,8 @@ def attach(
         peft_model = get_peft_model(model, config)
     except ValueError:
         raise UnsupportedAdapter(
-            f"no module of {type(model).__name__} matches targets={list(spec.targets)}"
+            f"no module of {type(model).__name__} matches targets={list(spec.targets)}; its linear "
+            f"layers are named {', '.join(_linear_names(model))}"
         ) from None
     layers = _lora_layers(peft_model)
     adapted = sum(1 for name, _ in peft_model.named_modules() if name.endswith(".lora_A"))
@@ -60,6 +61,17 @@ def attach(
     # Dropout would make the loss of a note depend on a draw that no ledger records.
     peft_model.eval()
     return peft_model
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Last parts of the names of its linear layers, without the one that gives the logits."""
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    return sorted(found)
 
 
 def depth(model: PreTrainedModel) -> int:

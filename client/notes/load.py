@@ -98,8 +98,8 @@ def checked_path(settings: NotesSettings) -> Path:
     """The path, once it is there and the settings fit the source. Raises NotesError."""
     if settings.source == "clinosim" or settings.path is None:
         raise NotesError(
-            "notes=clinosim: only `wardround simulate` makes simulated notes; set notes.source and "
-            "notes.path to this site's notes"
+            "notes.source=clinosim or no notes.path: name the notes to be read; simulated ones are "
+            "made by `wardround simulate` and `audit` only"
         )
     path = settings.path.expanduser()
     if not path.exists():

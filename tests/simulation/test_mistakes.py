@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import wardround
 from client.refusal import Reason, Refusal
@@ -73,6 +75,28 @@ def test_targets_of_the_alignment_are_told_apart_from_those_of_the_rounds_and_be
     assert wardround.main([*command, "alignment.targets=[c_attn]"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wardround: alignment: no module of LlamaForCausalLM matches")
+    assert last.endswith(
+        "its linear layers are named down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_without_a_chat_template_is_told_before_the_rounds(
+    command: list[str],
+    without_ray: list[str],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.chat_template = None
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(bare)
+    assert wardround.main([*command, f"model.path={bare}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("wardround: the model's tokenizer has no chat template")
     assert not (tmp_path / "runs").exists()
 
 
