@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -85,11 +86,7 @@ def _verify(command: LedgerCommand, console: Console) -> None:
 def _plan(command: LedgerCommand, console: Console) -> None:
     policy = read_policy(command.site)
     wanted, limits = command.plan, policy.privacy
-    if wanted.statistics and policy.share.statistics == "never":
-        raise ConfigError(
-            f"plan.statistics=true: share.statistics of {command.site} is never, so such a plan is "
-            "refused"
-        )
+    _require_allowed(wanted, policy, command.site)
     history: History = ()
     if policy.ledger.exists() or (policy.anchor and policy.anchor.exists()):
         with Ledger.of(policy) as ledger:
@@ -128,6 +125,30 @@ def _plan(command: LedgerCommand, console: Console) -> None:
         f"(by RDP {by_rdp:.3f}), {limits.epsilon - after:.3f} left",
         soft_wrap=True,
     )
+
+
+def _require_allowed(wanted: LedgerPlan, policy: SitePolicy, site: Path) -> None:
+    """Return when a round is not refused for what such a plan asks (``client.privacy.authorise``).
+
+    Raises ConfigError.
+    """
+    limits = policy.privacy
+    asked = {
+        "epsilon": (None if wanted.noise_multiplier else wanted.epsilon, "epsilon"),
+        "delta": (wanted.delta, "delta"),
+        "sampling_rate": (wanted.sampling_rate, "max_sampling_rate"),
+    }
+    for name, (value, limit) in asked.items():
+        allowed = getattr(limits, limit)
+        if value is not None and value > allowed:
+            raise ConfigError(
+                f"plan.{name}={value:g}: privacy.{limit} of {site} is {allowed:g}, so such a plan "
+                "is refused"
+            )
+    if wanted.statistics and policy.share.statistics == "never":
+        raise ConfigError(
+            f"plan.statistics=true: share.statistics of {site} is never, so such a plan is refused"
+        )
 
 
 def _noise(

@@ -69,15 +69,10 @@ class LedgerPlan(Settings):
     rounds: Annotated[int, Field(ge=1, le=1000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
-    noise_multiplier: Positive | None
     epsilon: Positive | None
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    noise_multiplier: Positive | None
     statistics: bool
-
-    @model_validator(mode="after")
-    def _noise_or_epsilon(self) -> LedgerPlan:
-        if self.noise_multiplier and self.epsilon:
-            raise ValueError("plan.noise_multiplier and plan.epsilon: give one, not both")
-        return self
 
 
 class LedgerCommand(Settings):

@@ -167,7 +167,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["align", "adapter=a", "out=o", "alignment=synthetic"], "alignment.path must name a fold"),
         (["ledger"], "say what to do: wardround ledger show | verify | plan | export | check"),
         (["ledger", "site=site.yaml"], "say what to do: wardround ledger show | verify | "),
-        (["ledger", "plan", "plan.epsilon=1", "plan.noise_multiplier=1"], "plan.noise_multiplier "),
         (["ledger", "check"], "file must be given: the statement to check"),
         (["ledger", "check", "file=nowhere"], "file=nowhere: not a readable statement"),
         (["ledger", "export"], "out must be given: the file for the statement"),

@@ -173,7 +173,35 @@ def test_what_a_server_asks_by_default_is_priced_by_default() -> None:
     plan = load("ledger", [], LedgerCommand).plan
     federation, privacy = server.federation, server.privacy
     assert (plan.rounds, plan.local_steps) == (federation.rounds, federation.local_steps)
-    assert plan.sampling_rate == privacy.sampling_rate
+    assert (plan.sampling_rate, plan.epsilon) == (privacy.sampling_rate, privacy.epsilon)
+    assert plan.delta == privacy.delta
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked"),
+    [
+        ({"epsilon": 3.0}, "plan.epsilon=8: privacy.epsilon of {site} is 3"),
+        ({"delta": 1e-6}, "plan.delta=1e-05: privacy.delta of {site} is 1e-06"),
+        ({"max_sampling_rate": 0.1}, "plan.sampling_rate=0.25: privacy.max_sampling_rate of"),
+    ],
+)
+def test_a_plan_that_the_policy_refuses_is_not_said_to_fit(
+    limits: dict[str, float], asked: str, policy: Callable[..., SitePolicy], person: Person
+) -> None:
+    person.site.write_text(yaml.safe_dump(policy(privacy=limits).model_dump(mode="json")))
+    said = person.types("plan", code=2)
+    assert asked.format(site=person.site) in said
+    assert "so such a plan is refused" in said
+    (within,) = (f"plan.{k.removeprefix('max_')}={v}" for k, v in limits.items())
+    assert "epsilon" in person.types("plan", within)
+
+
+def test_a_plan_of_known_noise_asks_for_no_epsilon(
+    policy: Callable[..., SitePolicy], person: Person
+) -> None:
+    own = policy(privacy={"epsilon": 3.0})
+    person.site.write_text(yaml.safe_dump(own.model_dump(mode="json")))
+    assert "noise 9: epsilon " in person.types("plan", "plan.noise_multiplier=9")
 
 
 def test_a_plan_is_priced_on_top_of_what_was_spent(spent: SitePolicy, person: Person) -> None:
