@@ -64,7 +64,9 @@ def serve(policy: Path, settings: ClientSettings, console: Console) -> None:
     SiteError, NodeKeyError, DaemonError
         One line says what is wrong, before anything is started.
     """
-    own = preflight(policy)
+    with console.status("reading the notes, as a round will"):
+        own, notes = preflight(policy)
+    console.print(escape(notes), soft_wrap=True)
     site, allowed = own.site, own.coordinator.address
     if allowed is not None and settings.server != allowed:
         raise DaemonError(

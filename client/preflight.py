@@ -10,18 +10,19 @@ import os
 from pathlib import Path
 
 from adapters.base_model import ModelError, skeleton
-from client.notes.load import NotesError, checked_path
+from client.notes.load import NotesError, checked_path, load_notes
+from client.notes.note import NoteSet
 from client.privacy.ledger import Ledger, LedgerError, begun
 from client.privacy.unprotected import unprotected_mark
 from client.site import SiteError, read_policy
 from conf.policy import SitePolicy
 
 
-def preflight(file: Path) -> SitePolicy:
-    """The policy in ``file``, once rounds can be begun under it.
+def preflight(file: Path) -> tuple[SitePolicy, str]:
+    """The policy in ``file``, once rounds can be begun under it, and what notes were found.
 
-    Notes are not read, and no ledger is begun. Raises SiteError: one line that says what in the
-    policy cannot be.
+    The line about the notes is for this site's terminal only. The notes are read as a round reads
+    them, and no ledger is begun. Raises SiteError: one line that says what in the policy cannot be.
     """
     policy = read_policy(file)
     try:
@@ -29,11 +30,20 @@ def preflight(file: Path) -> SitePolicy:
         skeleton(policy.model)
         _require_units(policy)
         _require_ledger(policy)
+        notes = load_notes(policy.notes)
     except (NotesError, ModelError, LedgerError) as problem:
         raise SiteError(f"{file}: {problem}") from None
     except OSError as problem:
         raise SiteError(f"{file}: {problem.filename}: {problem.strerror}") from None
-    return policy
+    return policy, _found(notes)
+
+
+def _found(notes: NoteSet) -> str:
+    found = f"{len(notes.notes)} notes"
+    if notes.has_patients:
+        found += f" of {len(notes.units())} patients"
+    unused = ", ".join(f"{count} {reason}" for reason, count in notes.counts().most_common())
+    return f"{found}; not used: {unused or 'none'}"
 
 
 def _require_units(policy: SitePolicy) -> None:

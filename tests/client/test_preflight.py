@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,9 @@ PRIVACY = {"epsilon": 8.0, "delta": 1e-5}
 def write(tmp_path: Path, tiny_model: Path) -> Write:
     """Write the policy of a site that is ready, with changes."""
     notes = tmp_path / "notes.jsonl"
-    notes.write_text("{}\n")
+    visits = (("p1", 1), ("p1", 2), ("p2", 3))
+    lines = [{"text": f"Visit {n}: aspirin 100 mg for pain.", "pid": pid} for pid, n in visits]
+    notes.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"pid": "p3"}]))
 
     def make(**changes: Any) -> Path:
         policy = {
@@ -51,9 +54,10 @@ def complaint(file: Path) -> str:
     return line.removeprefix(f"{file}: ")
 
 
-def test_a_site_that_is_ready_is_told_nothing_and_no_ledger_is_begun(write: Write) -> None:
-    policy = preflight(write())
+def test_a_site_that_is_ready_is_told_its_notes_and_no_ledger_is_begun(write: Write) -> None:
+    policy, notes = preflight(write())
     assert policy.site == "st-marys"
+    assert notes == "3 notes of 2 patients; not used: 1 field missing: text"
     assert not policy.ledger.parent.exists()
 
 
@@ -70,11 +74,20 @@ def test_notes_and_model_must_be_there(write: Write) -> None:
     assert complaint(write(model={"source": "path", "path": "/nowhere"})).startswith("model.path")
 
 
+def test_notes_that_no_round_could_use_are_known_before_the_first(
+    write: Write, tmp_path: Path
+) -> None:
+    notes = {"source": "jsonl", "path": str(tmp_path / "notes.jsonl"), "patient_field": "pid"}
+    said = complaint(write(notes=notes | {"text_field": "body"}))
+    assert "4 field missing: body" in said
+    assert "aspirin" not in said
+
+
 def test_a_ledger_that_does_not_verify_is_known_before_the_first_round(write: Write) -> None:
     file = write()
     with Ledger.of(read_policy(file)) as ledger:
         ledger.reserve((GaussianSteps(0.1, 1.0, 1),), task="a")
-    path = preflight(file).ledger
+    path = preflight(file)[0].ledger
     path.with_name(path.name + ".key").write_bytes(b"another secret, of as many bytes" * 2)
     assert str(path) in complaint(file)
 
