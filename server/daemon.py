@@ -95,7 +95,7 @@ def serve(settings: ServerSettings, folder: RunFolder, console: Console) -> bool
             run_id = link.submit()
             write_atomically(_submitted(state), str(run_id))
             stack.callback(_stop_run, link, run_id)
-            return _follow(link, run_id, folder, federation.rounds, flower, status, console)
+            return _follow(link, door, run_id, folder, federation.rounds, flower, status, console)
         except httpx.HTTPError as problem:
             flower.require_alive()  # the better message, if Flower ended
             raise DaemonError(f"Flower did not answer ({type(problem).__name__})") from None
@@ -213,6 +213,11 @@ class _Door:
         return lines
 
 
+def _admit(door: _Door | None, console: Console) -> None:
+    for line in door.admit() if door else ():
+        console.print(escape(line), soft_wrap=True)
+
+
 def _gather(
     link: SuperLink,
     door: _Door | None,
@@ -225,8 +230,7 @@ def _gather(
     known: tuple[str, ...] = ()
     while True:
         flower.require_alive()
-        for line in door.admit() if door else ():
-            console.print(escape(line), soft_wrap=True)
+        _admit(door, console)
         online = link.online()
         for name in (name for name in online if name not in known):
             console.print(f"{escape(name)} connected")
@@ -239,6 +243,7 @@ def _gather(
 
 def _follow(
     link: SuperLink,
+    door: _Door | None,
     run_id: int,
     folder: RunFolder,
     rounds: int,
@@ -246,11 +251,15 @@ def _follow(
     status: Status,
     console: Console,
 ) -> bool:
-    """Tell about each finished round until the run ends; return whether it completed."""
+    """Tell about each finished round until the run ends; return whether it completed.
+
+    A hospital whose key comes late takes part from its next round on.
+    """
     told = len(folder.finished_rounds())
     deadline = time.monotonic() + _START_S
     while True:
         flower.require_alive()
+        _admit(door, console)
         now = link.status(run_id)
         if now.state in ("pending", "starting") and time.monotonic() > deadline:
             raise DaemonError(f"the ServerApp did not start, see {flower.serverapp_log}")
@@ -263,7 +272,12 @@ def _follow(
         told = len(finished)
         status.update(f"round {min(told + 1, rounds)} of {rounds}, Flower run {now.state}")
         if now.state == "finished":
-            if not now.completed:
+            if now.completed:
+                console.print(
+                    f"merged adapter: [bold]{escape(str(folder.adapter_folder(rounds)))}[/bold]",
+                    soft_wrap=True,
+                )
+            else:
                 console.print(f"[red]the run failed: {escape(now.details)}")
             return now.completed
         time.sleep(_POLL_S)
