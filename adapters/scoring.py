@@ -55,10 +55,10 @@ def score_texts(
     windows = []
     chars = 0
     for text in texts:
-        coded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
-        if len(coded.input_ids) > 1:
-            windows.append(coded.input_ids)
-            chars += coded.offset_mapping[-1][1] - coded.offset_mapping[0][1]
+        window, covered = _window(tokenizer, text, max_tokens)
+        if len(window) > 1 and covered:
+            windows.append(window)
+            chars += covered
     if not windows:
         raise ValueError("no text long enough to be scored")
     windows.sort(key=len)
@@ -69,3 +69,20 @@ def score_texts(
         nats += float(losses.double().sum())
         tokens += int(mask.sum())
     return TextScore(nats, tokens, chars)
+
+
+def _window(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
+) -> tuple[list[int], int]:
+    """The first tokens of a text, and how many characters they cover.
+
+    A tokenizer in Python (BioGPT's) does not know which; of a text it has cut short, those count
+    that its tokens stand for.
+    """
+    if not tokenizer.is_fast:
+        ids = tokenizer(text, truncation=True, max_length=max_tokens).input_ids
+        read = text if len(ids) < max_tokens else tokenizer.decode(ids, skip_special_tokens=True)
+        return ids, len(read)
+    coded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
+    spans = coded.offset_mapping  # (0, 0) of a special token, which may be the last
+    return coded.input_ids, max(end for _, end in spans) - spans[0][0] if spans else 0

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import processors
+from transformers import ByT5Tokenizer
 
 from adapters.base_model import load_base
 from adapters.likelihood import note_losses, pad_right
 from adapters.scoring import TextScore, score_texts
 from conf.schema import ModelSettings
+from tests.conftest import make_tokenizer
 
 ROWS = [[4, 8, 15, 16, 23, 42], [7, 7, 3], [9, 1], [5]]
 
@@ -59,3 +62,28 @@ def test_score_is_the_sum_over_texts_and_counts_their_characters(base) -> None:
 def test_nothing_to_score_is_an_error(base) -> None:
     with pytest.raises(ValueError, match="long enough"):
         score_texts(base.model, base.tokenizer, [""], 32)
+
+
+def test_special_tokens_at_either_end_cover_no_characters(base) -> None:
+    text = "the patient was seen today"
+    plain = score_texts(base.model, base.tokenizer, [text], 512)
+    ends = make_tokenizer()
+    core = ends.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[(t, core.token_to_id(t)) for t in ("<|im_start|>", "<|im_end|>")],
+    )
+    framed = score_texts(base.model, ends, [text], 512)
+    assert framed.chars == plain.chars == len(text)
+    assert framed.tokens == plain.tokens + 2
+    with pytest.raises(ValueError, match="no text long enough"):
+        score_texts(base.model, ends, [""], 512)
+
+
+def test_a_tokenizer_in_python_is_scored_too(base) -> None:
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    whole = score_texts(base.model, slow, ["aspirin 100 mg"], 512)
+    assert (whole.chars, whole.tokens) == (14, 14)  # a token for each byte and one for the end
+    cut = score_texts(base.model, slow, ["aspirin 100 mg"], 8)
+    assert (cut.chars, cut.tokens) == (7, 7)
