@@ -212,9 +212,11 @@ def detach(peft_model: PeftModel) -> PreTrainedModel:
 
 
 def fold(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Add dW to the base weights in place; the sum is formed in float64.
+    """Add dW to the base weights; the sum is formed in float64.
 
-    Raises ModelError when the model lacks one of the layers or has it in another shape.
+    Every adapted layer gets a weight of its own: the token embedding that a head is tied to stays
+    as it was, as it does where the LoRA is kept beside the weights. Raises ModelError when the
+    model lacks one of the layers or has it in another shape.
     """
     modules = dict(model.named_modules())
     with torch.no_grad():
@@ -227,7 +229,8 @@ def fold(model: PreTrainedModel, adapter: Adapter) -> None:
                 dense = dense.T
             if dense.shape != weight.shape:
                 raise ModelError(f"the adapter does not fit the base model: shape of {name}")
-            weight.copy_(weight.double() + dense)
+            total = (weight.double() + dense).to(weight.dtype)
+            modules[name].weight = nn.Parameter(total, weight.requires_grad)
 
 
 @contextmanager
@@ -252,15 +255,13 @@ def applied(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
 @contextmanager
 def _folded(model: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
     modules = dict(model.named_modules())
-    weights = {n: cast(Tensor, modules[n].weight) for n in adapter.layers if n in modules}
-    before = {name: weight.clone() for name, weight in weights.items()}
+    before = {name: modules[name].weight for name in adapter.layers if name in modules}
     try:
         fold(model, adapter)
         yield
     finally:
-        with torch.no_grad():
-            for name, weight in before.items():
-                weights[name].copy_(weight)
+        for name, weight in before.items():
+            modules[name].weight = weight
 
 
 def _linear_A(layer: LoraLayer) -> nn.Linear:

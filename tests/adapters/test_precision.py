@@ -63,6 +63,30 @@ def test_an_adapter_too_small_for_the_base_weights_still_counts(
     assert float((moved - before).abs().max()) > 1e-5
 
 
+def test_a_head_tied_to_the_embedding_moves_alone(tiny_model: Path) -> None:
+    """As under PEFT, which keeps the LoRA beside the head; the embedding is nobody's target."""
+    base = load(tiny_model, "float32")
+    embedding, head = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+    assert head.weight is embedding.weight
+    spec = AdapterSpec(2, 4.0, ("q_proj", "lm_head"))
+    start = lora.initial(base.model, spec, 1)
+    g = torch.Generator().manual_seed(2)
+    layers = {n: LowRank(torch.randn(u.B.shape, generator=g), u.A) for n, u in start.layers.items()}
+    assert "lm_head" in layers
+    adapter = Adapter(spec, layers)
+    before = logits(base)
+    with lora.applied(base.model, adapter):
+        folded = logits(base)
+    assert head.weight is embedding.weight
+    assert logits(base).equal(before)
+    live = lora.attach(base.model, spec)
+    lora.write(live, adapter)
+    beside = logits(base)
+    lora.detach(live)
+    assert torch.allclose(folded, beside, atol=1e-5)
+    assert not torch.allclose(folded, before, atol=1e-2)
+
+
 def test_alignment_on_rounded_weights_is_refused(wide_model: Path) -> None:
     from conf.load import ConfigError, load
     from conf.schema import RunSettings
