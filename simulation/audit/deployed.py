@@ -2,7 +2,7 @@
 
 With a sampling rate near zero a step is noise and little else, so one plain SGD step shows
 
-    (B - B received) * D / learning rate  =  noise of standard deviation sigma C
+    (trained - received) * D / learning rate  =  noise of standard deviation sigma C
 
 with the sigma that the ledger was charged for. Rounds at hospitals of N and 2N patients must agree
 with it and with each other, and must not repeat each other's noise.
@@ -20,7 +20,7 @@ from adapters.adapter import Adapter
 from conf.commands import AuditCommand
 from conf.schema import OptimizerSettings
 from simulation.audit.checks import Finding
-from simulation.audit.hospital import Trained, train
+from simulation.audit.hospital import train
 
 _PATIENTS = 40
 _RATE = 1e-3
@@ -41,7 +41,7 @@ def deployed_noise(
         patients = {f"p{n}": [f"Patient {n} was seen today and is well."] for n in range(size)}
         own = folder / f"noise-{i}"
         trained = train(settings, own, patients, start, 1, privacy=privacy, optimizer=_SGD)
-        noise = _added(trained, start[0]) * privacy.denominator
+        noise = trained.moved.numpy() * privacy.denominator
         std = float(trained.outgoing.facts["noise_multiplier"]) * privacy.clip_norm
         errors.append(float(np.sqrt(np.mean(noise**2))) / std - 1)
         noises.append(noise / np.linalg.norm(noise))
@@ -55,9 +55,3 @@ def deployed_noise(
         Finding("constant", abs((1 + errors[2]) / (1 + errors[0]) - 1), chance * math.sqrt(2)),
         Finding("fresh noise", alike, 6 / math.sqrt(n)),
     ]
-
-
-def _added(trained: Trained, received: Adapter) -> np.ndarray:
-    before, after = received.tensors(), trained.adapter.tensors()
-    moved = [name for name in trained.outgoing.tensors if name.endswith("lora_B.weight")]
-    return np.concatenate([(after[n] - before[n]).double().flatten().numpy() for n in moved])

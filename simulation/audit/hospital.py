@@ -11,13 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.plan import TrainingPlan
-from adapters.trained_part import joined, part_of_round
+from adapters.trained_part import part_of_round
 from client.training import Outgoing, train_round
 from conf.commands import AuditCommand
 from conf.schema import OptimizerSettings, PrivacySettings
 from simulation.sites import site_policy
+from transport.wire import change
 
 _NOBODY = 1e-12  # share held out: who is planted must be trained on
 _OFF = {"enabled": False, "clip_norm": 1e6}  # neither noise nor clipping
@@ -27,10 +31,14 @@ Patients = Mapping[str, Sequence[str]]  # texts of each patient's notes
 
 @dataclass(frozen=True)
 class Trained:
-    """What left the hospital. ``epsilon`` is what its ledger says was spent; None: no privacy."""
+    """What left the hospital. ``epsilon`` is what its ledger says was spent; None: no privacy.
+
+    ``moved`` is by how much every trained number differs from what was received, float64, flat.
+    """
 
     adapter: Adapter
     outgoing: Outgoing
+    moved: Tensor
     epsilon: float | None
 
 
@@ -72,9 +80,10 @@ def train(
     adapter, fingerprint = start
     plan = _plan(own, steps, fingerprint)
     outgoing = train_round(plan, adapter, policy, on_step)
-    trained = joined(adapter, outgoing.tensors, plan.upload, plan.seed)
+    trained = plan.joined(adapter, outgoing.tensors)
     spent = float(outgoing.facts["epsilon_spent"]) if private else None
-    return Trained(trained, outgoing, spent)
+    moved = [part.flatten() for part in change(outgoing.tensors, adapter, plan).values()]
+    return Trained(trained, outgoing, torch.cat(moved), spent)
 
 
 def spec(settings: AuditCommand) -> AdapterSpec:

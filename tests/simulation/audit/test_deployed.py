@@ -15,6 +15,7 @@ from client.privacy.engine import noised_mean
 from client.site_units import SiteUnits
 from conf.commands import AuditCommand
 from conf.policy import SitePolicy
+from conf.schema import TrainedFactors
 from simulation.audit.deployed import deployed_noise
 from simulation.audit.hospital import spec
 
@@ -37,6 +38,22 @@ def test_rounds_leave_the_noise_that_was_charged(
     tiny_audit: AuditCommand, tmp_path: Path, start: Start
 ) -> None:
     assert failed(tiny_audit, tmp_path, start) == set()
+
+
+@pytest.mark.parametrize(
+    ("train", "freeze_half"),
+    [("A", False), ("both", False), ("core", False), ("alternate", False), ("B", True)],
+)
+def test_so_do_rounds_that_train_another_part(
+    train: TrainedFactors, freeze_half: bool, tiny_audit: AuditCommand, tmp_path: Path
+) -> None:
+    asked = {"train": train, "freeze_half": freeze_half}
+    settings = tiny_audit.model_copy(
+        update={"adapter": tiny_audit.adapter.model_copy(update=asked)}
+    )
+    base = load_base(settings.model)
+    start = lora.initial(base.model, spec(settings), 1, train), base.fingerprint
+    assert failed(settings, tmp_path, start) == set()
 
 
 def test_less_noise_than_was_charged_is_seen(
