@@ -27,8 +27,8 @@ from adapters.base_model import BaseModel, cache_folder, load_base, load_tokeniz
 from client.refusal import Refusal
 from conf.load import ConfigError
 from conf.schema import RunSettings
-from server.alignment.align import align, require_chat_template, require_targets
-from server.alignment.mediflow import InstructionSet, load_instructions
+from server.alignment.align import align, require_targets
+from server.alignment.mediflow import InstructionSet, load_instructions, require_chat
 from server.evaluation.instructions import score_instructions
 from server.progress import stage_progress
 from server.release import release
@@ -104,7 +104,7 @@ def simulate(settings: RunSettings, folder: RunFolder, console: Console) -> dict
     model = skeleton(settings.model)
     if settings.alignment.enabled:
         require_targets(model, settings.alignment)
-        require_chat_template(load_tokenizer(settings.model))
+        require_chat(load_tokenizer(settings.model))
     folder.create(settings)
     console.print(f"run folder: [bold]{escape(str(folder.path))}[/bold]", soft_wrap=True)
     with PeakMemory() as memory:

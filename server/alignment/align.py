@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from adapters import lora
 from adapters.adapter import Adapter, AdapterSpec, sum_exactly
 from adapters.base_model import BaseModel
 from conf.schema import AlignmentSettings
-from server.alignment.mediflow import InstructionsError, InstructionSet
+from server.alignment.mediflow import InstructionSet, require_chat
 from server.alignment.stages import Bench, StageRecord, quiet_libraries, run_dpo, run_sft
 
 
@@ -46,15 +46,6 @@ def require_targets(model: PreTrainedModel, settings: AlignmentSettings) -> None
         raise lora.UnsupportedAdapter(f"alignment: {problem}") from None
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Return when instructions can be put to the model. Raises InstructionsError."""
-    if tokenizer.chat_template is None:
-        raise InstructionsError(
-            "the model's tokenizer has no chat template, in which instructions are put to it: give "
-            "it one, or do without alignment"
-        )
-
-
 def align(
     base: BaseModel,
     merged: Adapter,
@@ -70,7 +61,7 @@ def align(
     InstructionsError where no answer fits into ``max_tokens`` or there is no chat template.
     """
     quiet_libraries()
-    require_chat_template(base.tokenizer)
+    require_chat(base.tokenizer)
     require_targets(base.model, settings)
     spec = _spec(settings)
     parts = [merged]

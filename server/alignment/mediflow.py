@@ -14,6 +14,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from adapters.base_model import cache_folder
 
@@ -45,6 +47,24 @@ class Instruction:
     def answer(text: str) -> list[dict[str, str]]:
         """The assistant turn with the given text."""
         return [{"role": "assistant", "content": text}]
+
+
+def require_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Return when the model's chat template takes instructions. Raises InstructionsError."""
+    if tokenizer.chat_template is None:
+        raise InstructionsError(
+            "the model's tokenizer has no chat template, in which instructions are put to it: give "
+            "it one, or do without instructions"
+        )
+    row = Instruction("instruction", "input", "output")
+    try:
+        tokenizer.apply_chat_template(row.prompt + Instruction.answer(row.output), tokenize=False)
+    except TemplateError as problem:
+        said = " ".join(str(problem).split())[:200]
+        raise InstructionsError(
+            f"the model's chat template does not take a system, a user and an assistant turn "
+            f"({said}): change it, or do without instructions"
+        ) from None
 
 
 @dataclass(frozen=True)

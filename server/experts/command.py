@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from server.experts.journal import Journal
 from server.experts.outcome import outcome, outcome_table
 from server.experts.search import Found, search
 from server.experts.space import Candidate, Space
-from server.experts.tasks import Task, read_tasks, scores_of
+from server.experts.tasks import Task, read_tasks, scores_of, tokens_digest
 from server.offline.adapters import highest_rank
 from server.progress import stage_progress
 from server.run_folder import write_atomically
@@ -129,7 +130,10 @@ class _Bench:
 
 
 def _choose(name: str, expert: Adapter, bench: _Bench, journal: Journal) -> Chosen:
-    """The proportion of the best mean score; the smaller one of equals."""
+    """The proportion of the best mean score; the smaller one of equals.
+
+    Raises ConfigError where no score is finite.
+    """
     known = {
         record["proportion"]: record["scores"]
         for record in journal.of("interpolation")
@@ -144,7 +148,10 @@ def _choose(name: str, expert: Adapter, bench: _Bench, journal: Journal) -> Chos
                     "scores": known[proportion],
                 }
             )  # fmt: skip
-    best = max(sorted(known), key=lambda proportion: sum(known[proportion].values()))
+    finite = [p for p in sorted(known) if math.isfinite(sum(known[p].values()))]
+    if not finite:
+        raise ConfigError(f"experts: {name} scores NaN at every proportion; leave it out")
+    best = max(finite, key=lambda proportion: sum(known[proportion].values()))
     return Chosen(name, best, towards_base(expert, best), known[best])
 
 
@@ -165,6 +172,7 @@ def _what(
         # A list: weights are recorded by place, so another order is other work.
         "experts": [[name, a.fingerprint(), a.spec.scale] for name, a in experts.items()],
         "tasks": {task.name: task.digest for task in tasks},
+        "tokens": tokens_digest(base, tasks),
         "strategy": command.strategy.model_dump(mode="json"),
         "keep": command.search.keep,
         "proportions": command.proportions,

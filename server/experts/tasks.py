@@ -22,7 +22,7 @@ from adapters.adapter import Adapter
 from adapters.base_model import BaseModel
 from adapters.scoring import TextScore, score_texts
 from conf.load import ConfigError
-from server.alignment.mediflow import Instruction
+from server.alignment.mediflow import Instruction, require_chat
 from server.evaluation.instructions import answer_losses
 
 _BATCH = 4
@@ -59,9 +59,11 @@ def task_score(base: BaseModel, task: Task, max_tokens: int) -> TextScore:
     """Score of the task under the model as it is now.
 
     Of a text the first ``max_tokens`` tokens count; an instruction that is longer is left out.
-    Raises ConfigError when nothing is left.
+    Raises ConfigError when nothing is left, InstructionsError where the model takes none.
     """
     total = TextScore(0.0, 0, 0)
+    if task.instructions:
+        require_chat(base.tokenizer)
     fitting = [row for row in task.instructions if _fits(base, row, max_tokens)]
     try:
         if task.texts:
@@ -89,6 +91,20 @@ def scores_of(
         if adapter is not None:
             stack.enter_context(lora.applied(base.model, adapter))
         return {task.name: -task_score(base, task, max_tokens).bits_per_char for task in tasks}
+
+
+def tokens_digest(base: BaseModel, tasks: Sequence[Task]) -> str:
+    """SHA-256 over the token ids that the model is shown of the tasks.
+
+    Another tokenizer or chat template scores otherwise, and so does a template with today's date.
+    """
+    digest = hashlib.sha256()
+    for task in tasks:
+        if task.instructions:
+            require_chat(base.tokenizer)
+        for text in (*task.texts, *(_whole(base, row) for row in task.instructions)):
+            digest.update(json.dumps(base.tokenizer(text).input_ids).encode())
+    return digest.hexdigest()
 
 
 def _read(key: str, path: Path, most: int | None) -> Task:
@@ -135,10 +151,10 @@ def _row(line: str) -> str | Instruction | None:
 
 
 def _fits(base: BaseModel, row: Instruction, max_tokens: int) -> bool:
-    if base.tokenizer.chat_template is None:
-        raise ConfigError("the model has no chat template: give texts, not instructions")
-    whole = base.tokenizer.apply_chat_template(
-        row.prompt + Instruction.answer(row.output), tokenize=False
-    )
-    length = len(base.tokenizer(whole, add_special_tokens=False).input_ids)
+    length = len(base.tokenizer(_whole(base, row), add_special_tokens=False).input_ids)
     return bool(row.output) and length <= max_tokens
+
+
+def _whole(base: BaseModel, row: Instruction) -> str:
+    turns = row.prompt + Instruction.answer(row.output)
+    return str(base.tokenizer.apply_chat_template(turns, tokenize=False))

@@ -31,7 +31,7 @@ from server.experts.inputs import load_adapter, weights_under
 from server.experts.interpolation import towards_base
 from server.experts.intruder import count_intruders
 from server.experts.journal import Journal
-from server.experts.tasks import Task, read_tasks, scores_of
+from server.experts.tasks import Task, read_tasks, scores_of, tokens_digest
 from server.experts.tradeoff_figure import draw
 from server.progress import stage_progress
 from server.run_folder import write_atomically
@@ -164,6 +164,7 @@ def _what(
         "model": base.fingerprint,
         "adapter": [adapter.fingerprint(), adapter.spec.scale],
         "tasks": {kind: [task.digest for task in own] for kind, own in tasks.items()},
+        "tokens": tokens_digest(base, [task for own in tasks.values() for task in own]),
         "points": sorted(set(command.points)),
         "max_tokens": command.max_tokens,
         "intruders": command.intruders.model_dump(),

@@ -116,7 +116,8 @@ def moved(target: Tensor, base: Tensor, tuned: Tensor, strength: float, rows: in
     if not target.is_floating_point():
         return target
     out = target.double()
-    out[:rows] += strength * (tuned[:rows].double() - base[:rows].double())
+    some = ... if rows is None else slice(rows)  # a scalar has no rows
+    out[some] += strength * (tuned[some].double() - base[some].double())
     return out.to(target.dtype)
 
 

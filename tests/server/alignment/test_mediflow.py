@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from server.alignment.mediflow import Instruction, InstructionsError, load_instructions
+from server.alignment.mediflow import (
+    Instruction,
+    InstructionsError,
+    load_instructions,
+    require_chat,
+)
+from tests.conftest import make_tokenizer
 
 Row = dict[str, Any]
 Write = Callable[..., Path]
@@ -155,3 +161,21 @@ def test_a_hub_that_cannot_be_reached_is_said_to_be_so() -> None:
     """HF_HUB_OFFLINE is set for all tests."""
     with pytest.raises(InstructionsError, match=r"use alignment.path=FOLDER"):
         load_instructions(None, examples=9, held_out=4)
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        (None, "the model's tokenizer has no chat template"),
+        (
+            "{{ raise_exception('no system role') }}",
+            r"does not take a system, a user and an assistant turn \(no system role\)",
+        ),
+    ],
+)
+def test_a_model_that_takes_no_instructions_is_told(template: str | None, line: str) -> None:
+    tokenizer = make_tokenizer()
+    require_chat(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(InstructionsError, match=line):
+        require_chat(tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,15 +190,20 @@ def test_a_record_is_gone_on_with_only_by_the_command_that_its_scores_depend_on(
     shutil.copytree(tiny_model, near)
     weights = load_file(near / "model.safetensors")
     save_file({n: w * 1.01 for n, w in weights.items()}, near / "model.safetensors")
+    reworded = tmp_path / "reworded"
+    shutil.copytree(tiny_model, reworded)
+    template = reworded / "chat_template.jinja"
+    template.write_text(template.read_text() + "Today is another day.")
     for option, other in (
         ("seed=7", "seed"),
         (f"experts=[{experts[1]},{experts[0]},{experts[2]}]", "experts"),  # weights go by place
         (f"experts=[{experts[0]},{experts[1]}]", "experts"),
-        ("most=2", "tasks"),
+        ("most=2", "tasks, tokens"),
         ("strategy.strength=2", "strategy"),
         ("search.keep=[weights]", "keep"),
         ("proportions=[0.1,0.25]", "proportions"),
         ("rank=5", "rank"),
+        (f"model.path={reworded}", "tokens"),
         ("max_tokens=64", "max_tokens"),
         (f"model.path={near}", "model"),
     ):
@@ -281,6 +287,18 @@ def test_a_merge_that_cannot_work_fails_before_anything_is_scored(
     with pytest.raises(MergeError, match="krum with liars=1 needs at least 5"):
         run(make("strategy=krum"), QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_that_gives_nan_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.scores_of
+
+    def scores(base: BaseModel, adapter: Adapter, *others: Any) -> dict[str, float]:
+        spoiled = adapter.spec.rank == 3  # the second one's
+        return {n: math.nan if spoiled else s for n, s in real(base, adapter, *others).items()}
+
+    monkeypatch.setattr(module, "scores_of", scores)
+    with pytest.raises(ConfigError, match="experts: expert-2/adapter scores NaN at every"):
+        run(make(), QUIET)
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_scored(

@@ -116,7 +116,7 @@ def test_a_record_is_gone_on_with_only_by_the_command_that_its_figures_depend_on
     for option, other in (
         ("points=[0,1]", "points"),
         ("max_tokens=64", "max_tokens"),
-        ("most=2", "tasks"),
+        ("most=2", "tasks, tokens"),
         ("intruders.below=0.4", "intruders"),
         (f"adapter={tmp_path / 'half'}", "adapter"),  # the same factors
     ):

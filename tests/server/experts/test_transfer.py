@@ -19,11 +19,19 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
 from conf.experts import TransferCommand
 from conf.load import ConfigError, load
+from server.experts import transfer
 from server.experts.transfer_command import run
 from tests.conftest import make_llama
 
 QUIET = Console(quiet=True)
 EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_a_weight_of_one_number_moves_too() -> None:
+    one, two = torch.tensor(1.0), torch.tensor(3.0)
+    assert transfer.moved(one, one, two, 0.5, None).equal(torch.tensor(2.0))
+    table = torch.zeros(3, 2)
+    assert transfer.moved(table, table, table + 1, 1.0, 2).tolist() == [[1, 1], [1, 1], [0, 0]]
 
 
 def near(model: Path, out: Path, seed: int, size: float = 0.01, dtype: str = "float32") -> Path:
