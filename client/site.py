@@ -32,6 +32,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused below: no such key can be
             if key.value in seen:
                 raise _RepeatedKey(problem="a key is set twice", problem_mark=key.start_mark)
             seen.add(key.value)

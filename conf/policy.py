@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from conf.deployment import is_address
 from conf.quiet_hours import parse
@@ -42,6 +42,8 @@ def _name(text: str) -> str:
             f"site={text!r}: must be letters, digits, '.', '_' and '-', at most 63, the first a "
             "letter or digit"
         )
+    if text.casefold() == "global":
+        raise ValueError(f"site={text}: the merged adapter has this name; take another")
     return text
 
 
@@ -115,6 +117,17 @@ class SitePolicy(Settings):
     privacy: PrivacyLimits
     adapter: AdapterLimits = AdapterLimits()
     share: ShareLimits = ShareLimits()
+
+    @model_validator(mode="after")
+    def _paths_are_whole(self) -> SitePolicy:
+        for key in ("ledger", "site_key", "anchor", "audit_log"):
+            path = getattr(self, key)
+            if path is not None and not path.is_absolute():
+                raise ValueError(
+                    f"{key}={path}: must be a whole path, beginning with /: what was spent must "
+                    "not depend on the folder that the client is started in"
+                )
+        return self
 
     @property
     def audit_file(self) -> Path:

@@ -101,6 +101,12 @@ def test_every_limit_of_the_example_is_explained() -> None:
         ({"site": "../other"}, ": site='../other': must be letters, digits"),
         ({"site": "a b"}, ": site='a b': must be"),
         ({"site": "east\n"}, ": site='east\\n': must"),
+        ({"site": "Global"}, ": site=Global: the merged adapter has this name"),
+        ({"ledger": "ledger.sqlite"}, ": ledger=ledger.sqlite: must be a whole path, beginning"),
+        ({"ledger": "~/ledger.sqlite"}, ": ledger=~/ledger.sqlite: must be a whole path"),
+        ({"site_key": "keys/site.key"}, ": site_key=keys/site.key: must be a whole path"),
+        ({"anchor": "anchor"}, ": anchor=anchor: must be a whole path"),
+        ({"audit_log": "log"}, ": audit_log=log: must be a whole path"),
         ({"lineage": ""}, ": lineage="),
         (
             {"privacy": {"epsilon": -1, "delta": 1e-5}},
