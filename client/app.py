@@ -48,6 +48,8 @@ def _answer(message: Message, policy: SitePolicy) -> RecordDict:
     facts: tuple[str, ...] = ()
     try:
         asked = message.content if message.has_content() else RecordDict()
+        if not isinstance(asked, RecordDict):  # Flower takes a bare record, too
+            asked = RecordDict()
         task, flaw = _read(message.metadata.message_type, asked)
         if task is not None:
             run, number = task[0].run, task[0].round

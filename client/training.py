@@ -69,7 +69,7 @@ def train_round(
         random = SeededNoise(policy.lineage, test_seed, policy.site, _task(plan, received))
     try:
         with open_protected(policy) as ledger, ledger.turn():
-            reply = ledger.reply(_task(plan, received))
+            reply = ledger.reply(_task(plan, received), share=policy.share.model_dump())
             if reply is not None:
                 return Outgoing.from_bytes(reply)
             return _train_private(plan, received, policy, ledger, random, on_step, audit_head)

@@ -14,7 +14,7 @@ reservation is only RESERVED or BURNED takes a new reservation, with fresh rando
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -148,10 +148,20 @@ class Ledger:
         with self._transaction() as entries:
             self._close(entries, reservation, "BURNED", {"reason": reason})
 
-    def reply(self, task: str) -> bytes | None:
-        """The reply to ``task`` on this lineage; None where there is none, or none any more."""
+    def reply(self, task: str, **facts: Any) -> bytes | None:
+        """The reply to ``task`` on this lineage; None where there is none, or none any more.
+
+        Raises LedgerError where its reservation was made with other ``facts``: what the policy
+        shared then, and does not share now, must not leave.
+        """
         with self._transaction() as entries:  # what a crash left half anchored is not sent yet
-            return self._reply(entries, task)
+            content = self._reply(entries, task)
+            if content is not None and not self._made_with(entries, task, facts):
+                raise LedgerError(
+                    f"the task was answered under another policy ({', '.join(facts)}), and that "
+                    "answer does not leave; the next round is answered under today's"
+                )
+            return content
 
     def history(self, run: str | None = None, round: int | None = None) -> History:
         """Everything ever charged to this lineage (or to one run, or one round), in order."""
@@ -173,6 +183,15 @@ class Ledger:
     def verify(self) -> int:
         """Number of entries, when all of them and the anchor are sound. Raises LedgerError."""
         return len(self.entries())
+
+    def _made_with(self, entries: Sequence[Entry], task: str, facts: Mapping[str, Any]) -> bool:
+        committed = {e.body["reservation"] for e in entries if e.state == "COMMITTED"}
+        return all(
+            e.body.get(name) == value
+            for e in reservations(entries, self.lineage)
+            if e.body["task"] == task and e.seq in committed
+            for name, value in facts.items()
+        )
 
     def _reply(self, entries: Sequence[Entry], task: str) -> bytes | None:
         asked = {e.seq for e in reservations(entries, self.lineage) if e.body["task"] == task}

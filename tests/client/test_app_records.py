@@ -231,6 +231,31 @@ def test_a_message_that_is_no_task_is_refused_and_has_its_lines_whatever_its_kin
     assert east.states() == []
 
 
+def test_a_bare_record_is_no_task_either(hospital: Install) -> None:
+    """Flower delivers what a coordinator's program puts in place of a message's records."""
+    east = hospital()
+    message = Message(RecordDict(), dst_node_id=7, message_type="train", group_id="1")
+    message.__dict__["_content"] = ConfigRecord({"json": "{}"})
+    assert code_of(app(message, Context(1, 7, {}, RecordDict(), {}))) == "PLAN_INVALID"
+    assert [line["code"] for line in lines_of(east)] == ["MALFORMED", "PLAN_INVALID"]
+
+
+def test_what_was_shared_once_does_not_leave_when_the_policy_has_changed(
+    hospital: Install, plan: Make, starting_point: Start
+) -> None:
+    """The answer was stored, and lost on its way; meanwhile the hospital shares nothing more."""
+    told = facts_of(hospital(share={"counts": "public"}).ask(plan(), starting_point[0]))
+    assert "patients" in told
+    east = hospital()
+    before = east.states()
+    again = east.ask(plan(), starting_point[0])
+    assert code_of(again) == "INTERNAL"
+    assert east.states() == before
+    assert "patients" in facts_of(
+        hospital(share={"counts": "public"}).ask(plan(), starting_point[0])
+    )
+
+
 def test_an_internal_error_has_its_line_and_quotes_nothing(
     hospital: Install, plan: Make, starting_point: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
