@@ -28,7 +28,7 @@ from client.privacy.accountant import (
 )
 from client.privacy.audit_log import AuditLogError
 from client.privacy.chain import Entry
-from client.privacy.ledger import Ledger, LedgerError, charged, reservations
+from client.privacy.ledger import Ledger, LedgerError, begun, charged, reservations
 from client.privacy.ledger_file import LedgerFile
 from client.privacy.metadata import charges_of_a_run
 from client.privacy.unprotected import unprotected_mark
@@ -55,6 +55,8 @@ def _show(command: LedgerCommand, console: Console) -> None:
             entries = ledger.entries()
     except LedgerError as error:
         problem = str(error)
+        if not policy.ledger.exists():
+            raise  # to look at it must not make it
         entries = LedgerFile(policy.ledger).entries(None)  # as far as it can be read at all
     console.print(_table(entries))
     console.print(_totals(entries, policy))
@@ -88,7 +90,7 @@ def _plan(command: LedgerCommand, console: Console) -> None:
     wanted, limits = command.plan, policy.privacy
     _require_allowed(wanted, policy, command.site)
     history: History = ()
-    if policy.ledger.exists() or (policy.anchor and policy.anchor.exists()):
+    if begun(policy.ledger, policy.site_key, policy.anchor):
         with Ledger.of(policy) as ledger:
             history = ledger.history()
     each = wanted.local_steps + wanted.statistics  # as TrainingPlan.charged_steps
@@ -163,7 +165,7 @@ def _noise(
         return wanted.noise_multiplier
     sigma = calibrate(history, wanted.sampling_rate, steps, limits.epsilon, limits.delta)
     if wanted.epsilon:
-        own = calibrate(beside, wanted.sampling_rate, steps, wanted.epsilon, limits.delta)
+        own = calibrate(beside, wanted.sampling_rate, steps, wanted.epsilon, wanted.delta)
         sigma = max(sigma, own)
     return sigma
 
@@ -217,7 +219,7 @@ def _require_complete(policy: SitePolicy) -> None:
 def _policy(command: LedgerCommand) -> SitePolicy:
     """The site policy, once there is a ledger to look into."""
     policy = read_policy(command.site)
-    if not policy.ledger.exists() and not (policy.anchor and policy.anchor.exists()):
+    if not begun(policy.ledger, policy.site_key, policy.anchor):
         raise LedgerError(f"{policy.ledger}: no ledger yet; the first private round makes it")
     return policy
 

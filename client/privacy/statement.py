@@ -91,9 +91,13 @@ def check(content: str) -> Checked:
         raise LedgerError(
             "the signature does not hold: the statement was changed after it was signed"
         ) from None
-    history = tuple(GaussianSteps(**m) for r in statement["reservations"] for m in r["mechanisms"])
-    again = epsilon(history, statement["delta"])
-    if again > statement["epsilon"] * (1 + _NUMERICS):
+    try:
+        mechanisms = [m for r in statement["reservations"] for m in r["mechanisms"]]
+        again = epsilon(tuple(GaussianSteps(**m) for m in mechanisms), statement["delta"])
+        stated = float(statement["epsilon"])
+    except (ValueError, KeyError, TypeError):
+        raise LedgerError("signed, but not a statement: something is missing in it") from None
+    if again > stated * (1 + _NUMERICS):
         raise LedgerError(
             f"it says epsilon {statement['epsilon']:.3f}, but its mechanisms cost {again:.3f}"
         )

@@ -134,6 +134,21 @@ def test_looking_at_a_ledger_that_is_not_there_does_not_make_one(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("action", ["show", "verify", "export", "plan"])
+def test_a_ledger_that_has_vanished_is_missed_and_not_made_again(
+    action: str, spent: SitePolicy, person: Person, tmp_path: Path
+) -> None:
+    """Its key is still there. An empty one in its place would hide the loss."""
+    spent.ledger.unlink()
+    assert spent.anchor
+    spent.anchor.unlink()
+    for _ in range(2):
+        text = person.types(action, f"out={tmp_path / 'out'}", code=1)
+        assert text.startswith(f"wardround: {spent.ledger}: ")
+        assert "no ledger yet" not in text
+    assert not spent.ledger.exists()
+
+
 # --- plan --------------------------------------------------------------------------------------
 
 
@@ -194,6 +209,17 @@ def test_a_plan_that_the_policy_refuses_is_not_said_to_fit(
     assert "so such a plan is refused" in said
     (within,) = (f"plan.{k.removeprefix('max_')}={v}" for k, v in limits.items())
     assert "epsilon" in person.types("plan", within)
+
+
+def test_a_plan_is_priced_at_its_own_delta(
+    policy: Callable[..., SitePolicy], person: Person
+) -> None:
+    """As a round does it (``client.training``): the policy's may be larger."""
+    own = policy(privacy={"epsilon": 20.0, "delta": 1e-4})
+    person.site.write_text(yaml.safe_dump(own.model_dump(mode="json")))
+    sigma = calibrate((), 0.25, 4, 8.0, 1e-5)
+    assert sigma > calibrate((), 0.25, 4, 8.0, 1e-4)
+    assert f"noise {sigma:g}: epsilon " in person.types("plan")
 
 
 def test_a_plan_of_known_noise_asks_for_no_epsilon(
