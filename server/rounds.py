@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from flwr.app import Message, RecordDict
+from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
@@ -246,8 +246,11 @@ def _exchange(
     is kept. A reply belongs to the node whose task it was fetched for, whatever it says itself: its
     sender may be the SuperLink, which answers for a node that is gone.
     """
+    ttl = max(DEFAULT_TTL, 2 * (deadline - time.monotonic()))  # Flower forgets what is older
     messages = [
-        Message(content=task, dst_node_id=node, message_type="train", group_id=str(plan.round))
+        Message(
+            content=task, dst_node_id=node, message_type="train", group_id=str(plan.round), ttl=ttl
+        )
         for node in sorted(nodes)
     ]
     sent_ids = set(grid.push_messages(messages))
@@ -256,6 +259,7 @@ def _exchange(
     answered = 0
     what = f"round {plan.round} of {plan.rounds}: hospitals answered"
     while waiting:
+        last = time.monotonic() > deadline  # a fetch may take long: who answered meanwhile is heard
         report(what, answered, len(messages))
         for message_id in sorted(waiting):
             node = asked[message_id]
@@ -264,7 +268,7 @@ def _exchange(
                 waiting.remove(message_id)
                 answered += 1
                 yield node, reply
-        if not waiting or time.monotonic() > deadline:
+        if not waiting or last:
             break
         _pause(stop)
     report(what, answered, len(messages))

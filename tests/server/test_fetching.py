@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -76,3 +77,32 @@ def test_a_connection_that_fails_is_nobodys_reply(
     monkeypatch.setattr(local_grid, "pull_messages", broken)
     with pytest.raises(httpx.ReadError):
         go(local_grid(honest), settings(), folder)
+
+
+def test_who_answered_while_another_was_slow_to_be_fetched_is_heard(
+    local_grid: Grids,
+    honest: dict[int, Answer],
+    settings: Settings,
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Node 12 keeps the coordinator until the time is over; node 11 is asked for before it."""
+    pull, late = local_grid.pull_messages, threading.Event()
+    real = time.monotonic
+
+    def slow(grid: LocalGrid, ids: Iterable[str]) -> Iterable[Message]:
+        (one,) = ids
+        node = grid.asked[int(one.partition("-")[2])][1]
+        if node == 12:
+            late.set()
+        if node == 11 and not late.is_set():
+            return []  # not there yet
+        return pull(grid, [one])
+
+    monkeypatch.setattr(local_grid, "pull_messages", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 1e6 * late.is_set())
+    wanted = settings()
+    once = wanted.federation.model_copy(update={"rounds": 1})
+    go(local_grid(honest, KEYS), wanted.model_copy(update={"federation": once}), folder)
+    (record,) = folder.finished_rounds()
+    assert record["left_out"] == {}
