@@ -132,6 +132,13 @@ def _server(overrides: list[str], multirun: bool, console: Console) -> int:
             f"run_dir={command.run_dir}: holds a run with another configuration; give the options "
             f"it was started with ({changed}), or another run_dir"
         )
+    if len(folder.finished_rounds()) >= command.federation.rounds:
+        console.print(
+            "all rounds are done; merged adapter: "
+            f"[bold]{escape(str(folder.adapter_folder(command.federation.rounds)))}[/bold]",
+            soft_wrap=True,
+        )
+        return 0
     return 0 if serve(command.server, folder, console) else 1
 
 

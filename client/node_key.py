@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -50,8 +51,10 @@ def _read(path: Path) -> ec.EllipticCurvePrivateKey:
         raise NodeKeyError(f"{path} can be read by others: run chmod 600 on it")
     try:
         key = load_ssh_private_key(path.read_bytes(), None)
-    except ValueError:
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # the last two: it has a password
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise NodeKeyError(f"{path} holds no ECDSA key: move it away to have a new one made")
+        raise NodeKeyError(
+            f"{path} holds no ECDSA key without a password: move it away to have a new one made"
+        )
     return key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,15 @@ class ServerCommand(TrainingSettings):
 
     run_dir: Path
     server: ServerSettings
+
+    @model_validator(mode="after")
+    def _run_has_a_name(self) -> ServerCommand:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,80}", self.run_dir.name):
+            raise ValueError(
+                f"run_dir={self.run_dir}: its last part names the run, and must be of letters, "
+                "digits, '.', '_' and '-', at most 80"
+            )
+        return self
 
 
 class ClientCommand(Settings):

@@ -153,7 +153,10 @@ def _san(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        try:
+            return x509.DNSName(host.encode("idna").decode("ascii"))
+        except UnicodeError:
+            raise CertificateError(f"server.names: {host!a} is no host name") from None
 
 
 def _write_pair(

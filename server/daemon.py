@@ -192,22 +192,32 @@ class _Door:
     def __init__(self, sites: Path, link: SuperLink) -> None:
         self._sites, self._link = sites, link
         self._seen: dict[Path, int] = {}  # file -> its modification time when it was read
+        self._names: dict[str, Path] = {}  # without case, as folders of some disks have them
 
     def admit(self) -> list[str]:
         """Register new keys; return lines about what was admitted and what could not be."""
         lines = []
         for path in sorted(self._sites.glob("*.pub")):
-            changed = path.stat().st_mtime_ns
+            try:
+                changed = path.stat().st_mtime_ns
+            except OSError:
+                continue  # a dangling link, or gone since the folder was read
             if self._seen.get(path) == changed:
                 continue
             self._seen[path] = changed
             try:
                 name, key = read_public_key(path)
+                if self._names.setdefault(name.casefold(), path) != path:
+                    raise PublicKeyError(f"{path}: another hospital has this name but for its case")
                 self._link.register(name, key)
             except PublicKeyError as problem:
                 lines.append(str(problem))
-            except httpx.HTTPStatusError:
-                lines.append(f"{path}: this key is registered already, under another name")
+            except httpx.HTTPStatusError as problem:
+                code = problem.response.status_code
+                lines.append(
+                    f"{path}: not registered (HTTP {code}): is this key there already, under "
+                    "another name?"
+                )
             else:
                 lines.append(f"{name} may connect")
         return lines

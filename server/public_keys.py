@@ -31,7 +31,7 @@ def read_public_key(path: Path) -> tuple[str, bytes]:
     PublicKeyError
         The file is no ECDSA P-384 key in OpenSSH format, or its name is no site name.
     """
-    if not NAME.fullmatch(path.stem):
+    if not NAME.fullmatch(path.stem) or path.stem.casefold() == "global":
         raise PublicKeyError(f"{path}: rename it to SITE.pub, SITE being the hospital's name")
     try:
         key = load_ssh_public_key(path.read_bytes())

@@ -55,9 +55,13 @@ class RunFolder:
         return validate(self._config(), RunSettings)
 
     def training(self) -> TrainingSettings:
-        """The part of the configuration that the rounds need, whoever started the run."""
+        """The part of the configuration that the rounds need, whoever started the run.
+
+        Raises ConfigError where it is not valid (any more).
+        """
         config = self._config()
-        return TrainingSettings(**{name: config[name] for name in TrainingSettings.model_fields})
+        own = {name: config[name] for name in TrainingSettings.model_fields if name in config}
+        return validate(own, TrainingSettings)
 
     @staticmethod
     def training_of(settings: TrainingSettings) -> TrainingSettings:

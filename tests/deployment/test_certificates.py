@@ -97,6 +97,12 @@ def test_a_host_that_is_not_covered_is_named(tmp_path: Path) -> None:
         obtain(tmp_path, [*HOSTS, "fl.example"])
 
 
+def test_a_name_of_another_script_is_encoded_and_rubbish_is_told(tmp_path: Path) -> None:
+    assert obtain(tmp_path / "one", [*HOSTS, "münchen.example"]).certificate.exists()
+    with pytest.raises(CertificateError, match="is no host name"):
+        obtain(tmp_path / "two", [*HOSTS, "a..b"])
+
+
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     one, two = obtain(tmp_path / "1", HOSTS), obtain(tmp_path / "2", HOSTS)
     one.certificate.write_bytes(two.certificate.read_bytes())

@@ -5,19 +5,24 @@ from __future__ import annotations
 import itertools
 import socket
 from pathlib import Path
+from typing import cast
 
+import httpx
 import pytest
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
+import wardround
 from client import daemon as client_daemon
+from client import node_key
 from client.site import SiteError
 from conf.commands import ClientCommand, ServerCommand
 from conf.deployment import ClientSettings, ServerSettings
 from conf.load import load
 from server import daemon as server_daemon
 from server.run_folder import RunFolder
+from server.superlink import SuperLink
 
 
 def client_settings(tmp_path: Path, **changes: object) -> ClientSettings:
@@ -149,3 +154,58 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) ->
 )
 def test_a_server_on_every_interface_is_reached_over_loopback(host: str, reached: str) -> None:
     assert server_daemon._local_address(host, 1)[1] == reached
+
+
+class Registry:
+    """Stands for the SuperLink where keys are registered."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def register(self, name: str, key: bytes) -> None:
+        if name == "taken":
+            request = httpx.Request("POST", "http://127.0.0.1")
+            answer = httpx.Response(409, request=request)
+            raise httpx.HTTPStatusError("conflict", request=request, response=answer)
+        self.names.append(name)
+
+
+def test_what_lies_among_the_keys_never_ends_a_federation(tmp_path: Path) -> None:
+    sites, registry = tmp_path / "sites", Registry()
+    sites.mkdir()
+    door = server_daemon._Door(sites, cast(SuperLink, registry))
+    public = node_key.obtain(tmp_path, "east")[1].read_bytes()
+    (sites / "east.pub").write_bytes(public)
+    assert door.admit() == ["east may connect"]
+    (sites / ".#west.pub").symlink_to("somebody@host.1234")  # an editor's lock
+    (sites / "East.pub").write_bytes(public)
+    (sites / "taken.pub").write_bytes(public)
+    case, taken = door.admit()
+    assert case.endswith("East.pub: another hospital has this name but for its case")
+    assert taken.endswith(
+        "not registered (HTTP 409): is this key there already, under another name?"
+    )
+    assert door.admit() == []
+    (sites / "west.pub").write_bytes(public)
+    assert door.admit() == ["west may connect"]
+    assert registry.names == ["east", "west"]
+
+
+def test_a_run_that_is_finished_is_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"run_dir={tmp_path / 'run'}", "federation.rounds=1"]
+    folder = RunFolder(tmp_path / "run").create(load("server", options, ServerCommand))
+    folder.finish_round({"round": 1, "hospitals": []})
+    assert wardround.main(["server", *options]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("all rounds are done; merged adapter: ")
+    assert said.endswith("round-001/global")
+
+
+def test_a_run_needs_a_name_that_hospitals_can_be_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wardround.main(["server", f"run_dir={tmp_path / 'my run'}"]) == 2
+    assert "its last part names the run" in capsys.readouterr().err
+    assert not (tmp_path / "my run").exists()

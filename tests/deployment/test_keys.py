@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -51,12 +52,28 @@ def test_a_private_key_of_another_kind_is_refused(tmp_path: Path) -> None:
         obtain(tmp_path, "a")
 
 
+@pytest.mark.parametrize("problem", [TypeError("encrypted"), UnsupportedAlgorithm("no bcrypt")])
+def test_a_private_key_with_a_password_is_refused(
+    problem: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cryptography raises of one: with bcrypt installed, and without."""
+
+    def locked(*_: object) -> None:
+        raise problem
+
+    obtain(tmp_path, "a")
+    monkeypatch.setattr("client.node_key.load_ssh_private_key", locked)
+    with pytest.raises(NodeKeyError, match="key without a password"):
+        obtain(tmp_path, "a")
+
+
 def test_what_is_no_hospital_key_is_refused_by_name(tmp_path: Path) -> None:
     weak = ec.generate_private_key(ec.SECP256R1()).public_key()
     files = {
         "rubbish.pub": b"rubbish",
         "weak.pub": weak.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH),
         "two words.pub": obtain(tmp_path, "x")[1].read_bytes(),
+        "Global.pub": obtain(tmp_path, "x")[1].read_bytes(),
     }
     for name, content in files.items():
         path = tmp_path / name

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
-from conf.load import load
+from conf.load import ConfigError, load
 from conf.schema import RunSettings, TrainingSettings
 from server.run_folder import RunFolder, write_atomically
 
@@ -110,6 +111,18 @@ def test_the_configuration_is_kept_as_it_was(folder: RunFolder, settings: Settin
     assert folder.training() == settings()
     with pytest.raises(FileNotFoundError):
         RunFolder(folder.path / "other").training()
+
+
+def test_a_configuration_that_is_not_whole_is_told_in_one_line(
+    folder: RunFolder, settings: Settings
+) -> None:
+    folder.create(settings())
+    file = folder.path / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    del config["privacy"]
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match="privacy: field required"):
+        folder.training()
 
 
 def test_a_simulations_configuration_holds_that_of_its_rounds(folder: RunFolder) -> None:
