@@ -1,12 +1,13 @@
 """Planted gradients: notes whose gradient the auditor knows, sent through the real engine.
 
 A planted note is five tokens long. Its first two are a marker, the others a number that names one
-row of one LoRA layer's B, and a loudness. While the plant is open, hooks at the outputs of the LoRA
-layers replace what flows back from such a note by that one row at its first token, so its gradient
-is loudness * norm * e_row (x) u, u the unit vector along A x of the marker. Rows differ, so planted
-gradients are orthogonal to each other: Dirac canaries (arXiv 2305.08846, section 6) in the shapes
-of the real model, and everything from the tokenised note to the release is the engine's own work.
-Notes without the marker are left alone.
+row of one LoRA layer's trained matrix, and a loudness. While the plant is open, hooks at the
+outputs of the LoRA layers replace what flows back from such a note by what reaches that one row
+alone, at its first token, so its gradient is loudness * norm * e_row (x) u, u the unit vector along
+the matrix's input for the marker: A x where B or a core is trained, x where A is. Rows differ, so
+planted gradients are orthogonal to each other: Dirac canaries (arXiv 2305.08846, section 6) in the
+shapes of the real model, and everything from the tokenised note to the release is the engine's own
+work. Notes without the marker are left alone.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ Planted = list[list[int]]  # a unit with one planted note
 @dataclass(frozen=True)
 class _Layer:
     module: LoraLinear
-    parameter: str  # name of its B
+    parameter: str  # name of its trained matrix
     first: int  # number of its first row
     rows: int
     direction: Tensor  # u, float64
     size: float  # what must flow back for a gradient of the norm asked for
+    reaches: Tensor | None  # (out, rows): what must flow back to reach a row; None: the row itself
 
 
 class Plant:
@@ -103,8 +105,11 @@ class Plant:
             gradient = gradient.masked_fill(planted.view(-1, 1, 1), 0.0)
             row = torch.div(numbers, _LEVELS, rounding_mode="floor") - layer.first
             mine = (planted & (row >= 0) & (row < layer.rows)).nonzero().flatten()
-            loudness = (numbers[mine] % _LEVELS - _LOUDEST).to(gradient.dtype)
-            gradient[mine, 0, row[mine]] = loudness * layer.size
+            back = (numbers[mine] % _LEVELS - _LOUDEST).to(gradient.dtype) * layer.size
+            if layer.reaches is None:
+                gradient[mine, 0, row[mine]] = back
+            else:
+                gradient[mine, 0] = back[:, None] * layer.reaches[:, row[mine]].T.to(gradient)
             return gradient
 
         return forward
@@ -126,11 +131,40 @@ class Plant:
         layers: list[_Layer] = []
         first = 0
         for name, module in modules.items():
-            down, up = (cast(Tensor, f[_NAME].weight) for f in (module.lora_A, module.lora_B))
-            along = down.detach().double() @ seen[name].double()
-            length, rows = float(along.norm()), up.shape[0]
+            matrix, reaches = _trained(module)
+            x = seen[name].double()
+            along = x if matrix.startswith("lora_A") else _down(module) @ x
+            length = float(along.norm())
             size = norm / (module.scaling[_NAME] * length)
-            parameter = f"{name}.lora_B.{_NAME}.weight"
-            layers.append(_Layer(module, parameter, first, rows, along.cpu() / length, size))
+            parameter = f"{name}.{matrix}.weight"
+            rows = (_up(module) if reaches is None else reaches.T).shape[0]
+            unit = along.cpu() / length
+            layers.append(_Layer(module, parameter, first, rows, unit, size, reaches))
             first += rows
         return tuple(layers)
+
+
+def _down(module: LoraLinear) -> Tensor:
+    return cast(Tensor, module.lora_A[_NAME].weight).detach().double()
+
+
+def _up(module: LoraLinear) -> Tensor:
+    return cast(Tensor, module.lora_B[_NAME].weight)
+
+
+def _trained(module: LoraLinear) -> tuple[str, Tensor | None]:
+    """Which matrix of the layer is planted in, and what flowing back reaches each of its rows.
+
+    A gradient g at the layer's output reaches a core as P^T g and A as B^T g, P and B being frozen.
+    """
+    up = dict(module.lora_B[_NAME].named_parameters())
+    if "core.weight" in up:
+        return f"lora_B.{_NAME}.core", _reaching(up["frame.weight"])
+    if not up["weight"].requires_grad:
+        return f"lora_A.{_NAME}", _reaching(up["weight"])
+    return f"lora_B.{_NAME}", None
+
+
+def _reaching(matrix: Tensor) -> Tensor:
+    """(out, rank): column i is the shortest g with ``matrix``^T g = e_i, float64."""
+    return torch.linalg.pinv(matrix.detach().double()).T

@@ -135,7 +135,7 @@ def _white_box(
         privacy.delta,
         wanted.canaries,
     )
-    engines = (HONEST, *SABOTAGED)
+    engines = tuple(engine.under(settings.compute) for engine in (HONEST, *SABOTAGED))
     verdicts = []
     for done, engine in enumerate(engines):
         on_step(f"engine: {engine.name}", done, len(engines))

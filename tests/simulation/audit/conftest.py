@@ -27,7 +27,7 @@ def make_bench(canaries: int = 300, train: str = "B") -> Bench:
     )  # fmt: skip
     torch.manual_seed(0)
     base = LlamaForCausalLM(config).eval().requires_grad_(False)
-    start = lora.initial(base, AdapterSpec(16, 32.0, TARGETS), 1)
+    start = lora.initial(base, AdapterSpec(16, 32.0, TARGETS), 1, train)
     model = lora.attach(base, AdapterSpec(16, 32.0, TARGETS), train)
     lora.write(model, start)
     draw = random.Random(3)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
 from client.privacy.engine import clipped_sum, noised_mean
 from client.privacy.randomness import SecureRandomness
+from conf.schema import ComputeSettings
 from simulation.audit.checks import Bench, Verdict, examine
 from simulation.audit.engine import HONEST, Engine
 from simulation.audit.sabotage import SABOTAGED
@@ -35,6 +39,32 @@ def test_the_honest_engine_is_the_deployed_one_and_passes(bench: Bench) -> None:
     assert 0 < verdict.game.proved < verdict.game.claimed == pytest.approx(4.377, abs=0.01)
     # The bound of C is reached: a clip norm that were kept by shrinking everything would hide much.
     assert found(verdict)["sensitivity"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("micro_tokens", [0, 256])
+@pytest.mark.parametrize("engine", ["fast", "opacus"])
+def test_the_engine_is_checked_as_the_site_computes(
+    engine: str, micro_tokens: int, bench: Bench
+) -> None:
+    compute = ComputeSettings.model_validate({"engine": engine, "micro_tokens": micro_tokens})
+    installed = HONEST.under(compute)
+    called = cast(partial[Any], installed.gradient_sum)
+    assert called.func is clipped_sum
+    assert called.keywords == {"engine": engine, "micro_tokens": micro_tokens}
+    assert examine(installed, bench).failed == ()
+    assert SABOTAGED[0].under(compute).gradient_sum is called
+    assert SABOTAGED[1].under(compute) is SABOTAGED[1]
+
+
+@pytest.mark.parametrize("train", ["A", "core"])
+def test_other_matrices_are_planted_in_too(train: str) -> None:
+    bench = make_bench(60, train)
+    assert examine(HONEST, bench).failed == ()
+    game = examine(HONEST, bench).game
+    n = int(game.included.sum())
+    assert game.scores[game.included].mean() == pytest.approx(1, abs=5 * 0.7 / np.sqrt(n))
+    for engine in SABOTAGED:
+        assert set(examine(engine, bench).failed) & CAUGHT_BY[engine.name]
 
 
 @pytest.mark.parametrize("engine", SABOTAGED, ids=lambda e: e.name)
