@@ -99,6 +99,7 @@ class ReleaseFacts:
     evaluation: tuple[Score, ...] = ()
     simulated: bool = False  # every hospital and patient is simulated
     pooled: bool = False  # the notes were brought together: a reference, not a federation
+    statistics: str | None = None  # what hospitals sent beside adapters, for the merge
     layers: tuple[int, ...] = ()  # of the base model; () stands for all
     versions: tuple[tuple[str, str], ...] = ()
 

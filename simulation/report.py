@@ -75,6 +75,7 @@ def render(run: Run) -> str:
         "report.html.jinja",
         run=run,
         summary=run.summary,
+        pooled=run.pooled,
         reading=wording.reading(run),
         change=wording.mean_change(run.summary),
         largest=max((h.epsilon for h in run.summary.hospitals.values() if h.epsilon), default=None),

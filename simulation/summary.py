@@ -22,6 +22,7 @@ from conf.schema import RunSettings
 from server.release_card import AlignmentFacts, HospitalFacts, PrivacyFacts, ReleaseFacts, Score
 from server.run_folder import RunFolder, write_atomically
 from simulation.sites import Hospitals, Site
+from strategies.registry import create
 
 _PACKAGES = (
     "wardround", "torch", "transformers", "peft", "flwr", "opacus", "dp-accounting", "trl",
@@ -117,6 +118,8 @@ def release_facts(
         source = f"MediFlow-schema instructions ({settings.alignment.data})"
         steps = {s: stages.get(s, {}).get("steps", 0) for s in ("sft", "dpo")}
         alignment = AlignmentFacts(source, steps["sft"], steps["dpo"])
+    chosen = settings.strategy
+    strategy = create(chosen.name, chosen.parameters, settings.adapter.train)
     return ReleaseFacts(
         name=summary["run"],
         created=summary["created"],
@@ -138,6 +141,7 @@ def release_facts(
         alignment=alignment,
         evaluation=tuple(_evaluation(summary)),
         pooled=settings.hospitals.layout == "pooled",
+        statistics=strategy.statistics,
         simulated=settings.notes.source == "clinosim",
         versions=tuple(summary["versions"].items()),
     )

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.privacy.accountant import GaussianSteps, epsilon
 from conf.schema import TrainedFactors
 from server.release_card import (
     AlignmentFacts,
@@ -118,6 +119,28 @@ def test_a_pooled_reference_is_not_called_a_federation(tmp_path: Path) -> None:
     text = card(tmp_path, replace(FACTS, pooled=True))
     assert "brought together in one place" in text
     assert "sent only adapters" not in text
+    assert "before anything left" not in text
+    assert "The notes themselves left their hospitals, without any noise" in text
+    assert "for everything that the place where the notes were brought together released" in text
+
+
+def test_statistics_that_hospitals_sent_are_told(tmp_path: Path) -> None:
+    assert "statistics" not in card(tmp_path, FACTS)
+    text = card(tmp_path, replace(FACTS, statistics="gram"))
+    assert "sent only adapters, and noised statistics of its notes, which the" in text
+    assert "each sent noised statistics for the merge (gram), charged as one step more" in text
+
+
+def test_of_notes_as_units_no_more_is_promised_than_group_privacy_gives(tmp_path: Path) -> None:
+    """k eps holds at a delta that grows: one Gaussian step, a patient of two notes moves it by 2C.
+
+    At sigma 1 its epsilon at delta 1e-5 is more than twice that of a note.
+    """
+    one, two = (epsilon((GaussianSteps(1.0, s, 1),), 1e-5) for s in (1.0, 0.5))
+    assert two > 2 * one
+    assert FACTS.privacy is not None
+    text = card(tmp_path, replace(FACTS, privacy=replace(FACTS.privacy, unit="note")))
+    assert "the bound is k·ε at a δ that grows to δ·(e^(kε) − 1)/(e^ε − 1)" in text
 
 
 def test_tables_stay_tables_whatever_the_names(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_promise_states_unit_and_accountant(report: Callable[[Json], Page], summ
     text = words(report(summary))
     assert "add or remove one note" in text
     assert summary["privacy"]["accountant"] in text
-    assert "A patient with k notes is protected only k times less well" in text
+    assert "For a patient with k notes it is k·ε at a δ that grows" in text
 
 
 def test_names_are_escaped(report: Callable[[Json], Page], summary: Json) -> None:
