@@ -1,11 +1,13 @@
 """Several runs and one report on what differs: the price of privacy, and of federation.
 
-Every combination of the given choices is run. Unless ``evaluation.pooled_reference=false``, one
-more run pools all notes at one site without privacy: what centralising would have given.
+Every combination of the given choices is run. Unless ``evaluation.pooled_reference=false``, all
+notes are pooled at one site without privacy, too, and trained in each of these ways: what
+centralising would have given.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -20,7 +22,8 @@ from simulation.sites import require_hospital_field
 from strategies.registry import create, require_strategy
 
 _REPLACED = (  # what would bring back in part what the pooled reference goes without
-    "privacy", "privacy.enabled", "hospitals", "hospitals.layout",
+    "privacy", "privacy.enabled", "privacy.epsilon", "privacy.delta", "hospitals",
+    "hospitals.layout",
     "federation.min_hospitals", "alignment", "alignment.enabled",
 )  # fmt: skip
 
@@ -37,7 +40,9 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
         settings = load("simulate", job, RunSettings)
         require_strategy(settings)
         require_hospital_field(settings)
-    jobs = [*jobs, *_pooled_reference(jobs)]
+    jobs = [*jobs, *_pooled_references(jobs)]
+    if len(jobs) < 2:
+        raise ConfigError("--multirun: a single run has nothing to be compared with; leave it out")
     checked = [(job, load("simulate", job, RunSettings)) for job in jobs]
     sweep = new_run_folder(checked[0][1].runs, "sweep")
     folders = []
@@ -52,22 +57,36 @@ def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
     return sweep
 
 
-def _pooled_reference(jobs: Sequence[list[str]]) -> list[list[str]]:
-    """The extra job, where the sweep asks for one and has none of its own."""
+def _pooled_references(jobs: Sequence[list[str]]) -> list[list[str]]:
+    """The extra jobs, where the sweep asks for them and has none of its own.
+
+    One for every way in which the jobs train, whatever they merge by and however private they are:
+    the price of federation is not to hold that of fewer rounds.
+    """
     settings = [load("simulate", job, RunSettings) for job in jobs]
     wanted = settings[0].evaluation.pooled_reference
     if not wanted or any(s.hospitals.layout == "pooled" for s in settings):
         return []
-    kept = [o for o in jobs[0] if o.partition("=")[0] not in _REPLACED]
     chosen = settings[0].strategy
     strategy = create(chosen.name, chosen.parameters)
+    merge: list[str] | None = [o for o in jobs[0] if _is_strategy(o)]
     if "one" not in strategy.declared.keeps or strategy.statistics:  # which only leave noised
-        mean = "ffa" if settings[0].adapter.train == "core" else "product_mean"
-        kept = [o for o in kept if not o.startswith("strategy")] + [f"strategy={mean}"]
-    return [[*kept, "hospitals=pooled", "privacy=none", "alignment=none"]]
+        merge = None
+    found: dict[str, list[str]] = {}  # by what it comes to
+    for job, own in zip(jobs, settings, strict=True):
+        kept = [o for o in job if o.partition("=")[0] not in _REPLACED and not _is_strategy(o)]
+        mean = "ffa" if own.adapter.train == "core" else "product_mean"
+        merged = [f"strategy={mean}"] if merge is None else merge
+        extra = [*kept, *merged, "hospitals=pooled", "privacy=none", "alignment=none"]
+        found.setdefault(load("simulate", extra, RunSettings).model_dump_json(), extra)
+    return list(found.values())
+
+
+def _is_strategy(override: str) -> bool:
+    return override.partition("=")[0].split(".")[0] == "strategy"
 
 
 def _label(job: Sequence[str]) -> str:
     parts = [o.replace("=", "-") for o in job if not o.startswith("runs=")]
-    cleaned = "".join(c if c.isalnum() or c in "-_." else "-" for c in "_".join(parts))
+    cleaned = re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts))  # the run's name in plans
     return cleaned[:60] or "default"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from conf.load import ConfigError, load, sweep
 from conf.schema import RunSettings
-from simulation.sweep import _label, _pooled_reference, run_sweep
+from simulation.sweep import _label, _pooled_references, run_sweep
 from strategies.registry import require_strategy
 
 WITH_REFERENCE = "evaluation.pooled_reference=true"
@@ -19,7 +19,7 @@ WITH_REFERENCE = "evaluation.pooled_reference=true"
 
 def reference(*overrides: str) -> RunSettings | None:
     """The settings of the extra job that a sweep of these overrides gets."""
-    extra = _pooled_reference(sweep(overrides))
+    extra = _pooled_references(sweep(overrides))
     assert len(extra) <= 1
     return load("simulate", extra[0], RunSettings) if extra else None
 
@@ -132,6 +132,24 @@ def test_the_reference_clips_as_the_runs_do_so_that_it_differs_by_the_noise_alon
     assert settings.privacy.clip_norm == 0.5
 
 
+def test_every_way_of_training_has_its_own_reference_and_no_two_have_the_same() -> None:
+    jobs = sweep(
+        ["federation.rounds=1,8", "privacy.epsilon=1,3", "privacy=none,patient_eps8",
+         "strategy=ffa,fedavg"]
+    )  # fmt: skip
+    found = [load("simulate", job, RunSettings) for job in _pooled_references(jobs)]
+    assert [(s.federation.rounds, s.strategy.name) for s in found] == [(1, "ffa"), (8, "ffa")]
+
+
+def test_a_single_run_is_no_sweep(
+    without_ray: list[str], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    jobs = sweep([*options, f"runs={tmp_path / 'runs'}", "hospitals=pooled"])
+    with pytest.raises(ConfigError, match="a single run has nothing to be compared with"):
+        run_sweep(jobs, Console(file=io.StringIO()))
+    assert without_ray == []
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -153,3 +171,4 @@ def test_a_run_is_labelled_by_its_options_as_a_folder_can_be() -> None:
     odd = _label(["notes.path=/a b/c,d.jsonl", "model.path=" + "x" * 200])
     assert odd.startswith("notes.path--a-b-c-d.jsonl_model.path-x")
     assert len(odd) == 60
+    assert _label(["notes.path=/home/josé/é.jsonl"]) == "notes.path--home-jos---.jsonl"
