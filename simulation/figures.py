@@ -238,7 +238,7 @@ def instructions(summary: Summary) -> Picture | None:
         + "."
         for label, values in kept.items()
     )
-    note = "Instructions that no stage was trained on."
+    note = "Examples that no stage was trained on."
     if any("%" in label for label in kept):
         note += " Dotted: guessing."
     return picture("Held-out instructions", alt, draw, note)

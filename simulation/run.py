@@ -28,7 +28,12 @@ from client.refusal import Refusal
 from conf.load import ConfigError
 from conf.schema import RunSettings
 from server.alignment.align import align, require_targets
-from server.alignment.mediflow import InstructionSet, load_instructions, require_chat
+from server.alignment.mediflow import (
+    InstructionsError,
+    InstructionSet,
+    load_instructions,
+    require_chat,
+)
 from server.evaluation.instructions import score_instructions
 from server.progress import stage_progress
 from server.release import release
@@ -175,10 +180,18 @@ def _instructions(settings: RunSettings, folder: RunFolder, on_step: OnStep) -> 
     wanted = settings.alignment
     path = wanted.path
     if wanted.data == "synthetic":
+        if path is not None:
+            raise ConfigError(f"alignment.path={path}: is read with alignment=mediflow")
         on_step("simulating the public cohort", 0, 1)
         cohort = public_cohort(_COHORT, settings.seed, cache_folder() / "clinosim")
         path = folder.path / "instructions"
-        write_instructions(cohort.export, path, wanted.examples, wanted.held_out, settings.seed)
+        try:
+            write_instructions(cohort.export, path, wanted.examples, wanted.held_out, settings.seed)
+        except ValueError as problem:
+            raise InstructionsError(
+                f"alignment.examples={wanted.examples}, alignment.held_out={wanted.held_out}: "
+                f"{problem}"
+            ) from None
     return load_instructions(path, wanted.examples, wanted.held_out)
 
 
@@ -255,7 +268,12 @@ def _evaluate(
 def _local(
     settings: RunSettings, folder: RunFolder, hospitals: Hospitals, on_step: OnStep
 ) -> dict[str, Adapter]:
-    """The adapter of each hospital alone, where asked for; a single site is alone already."""
+    """The adapter of each hospital alone, where asked for; a single site is alone already.
+
+    Where all notes were pooled nobody was.
+    """
+    if settings.hospitals.layout == "pooled":
+        return {}
     if len(hospitals.sites) == 1:
         return {hospitals.sites[0].name: folder.global_adapter()}
     if not settings.evaluation.alone:

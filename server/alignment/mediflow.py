@@ -114,7 +114,7 @@ def _assemble(
     held_out: int,
 ) -> InstructionSet:
     pairs = [row for row in dpo if row.rejected and row.rejected != row.output]
-    kept_apart = list(own)[:held_out]
+    kept_apart = [row for row in own if row.rejected and row.rejected != row.output][:held_out]
     if not kept_apart:
         kept_apart, pairs = pairs[-held_out:], pairs[:-held_out]
     seen = {(row.instruction, row.input) for row in kept_apart}

@@ -128,6 +128,8 @@ def _train(
     trainer.add_callback(_Watch(record, on_step))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
+    used = len(cast(Dataset, trainer.train_dataset))
+    record.examples = min(used, record.steps * trainer.args.per_device_train_batch_size)
     record.seconds = round(time.monotonic() - began, 3)
     model = trainer.model
     assert isinstance(model, PeftModel)

@@ -100,6 +100,19 @@ def test_a_model_without_a_chat_template_is_told_before_the_rounds(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_path_of_instructions_that_would_not_be_read_is_told(
+    command: list[str],
+    without_ray: list[str],
+    mediflow_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert wardround.main([*command, "alignment.data=synthetic"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (f"wardround: alignment.path={mediflow_folder}: is read with alignment=mediflow")
+    assert not list(tmp_path.glob("runs/*/rounds.jsonl"))
+
+
 def test_a_folder_that_cannot_be_written_is_told(
     command: list[str],
     without_ray: list[str],

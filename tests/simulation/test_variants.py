@@ -166,6 +166,12 @@ def test_pooled_notes_are_trained_in_one_place_and_measured_hospital_by_hospital
         assert hospital["perplexity"]["merged"] != hospital["perplexity"]["base"]
     assert len({h["perplexity"]["base"] for h in summary["hospitals"].values()}) == 3
     assert len({h["epsilon"] for h in summary["hospitals"].values()}) == 1  # one ledger
+    assert all("local" not in h["perplexity"] for h in summary["hospitals"].values())
+    for page in ("report.html", "release/README.md"):
+        said = " ".join((folder.path / page).read_text().split())
+        assert "left their hospitals" in said
+        assert "before anything le" not in said
+        assert "reaches alone" not in said
     _, federated, _ = go("federated", "evaluation.alone=false")
     for name in SITES:  # the same patients are held out
         there, here = (s["hospitals"][name] for s in (summary, federated))
