@@ -12,6 +12,7 @@ from rich.console import Console
 import simulation.audit.run as run
 import wardround
 from conf.commands import AuditCommand
+from conf.schema import ComputeSettings
 from simulation.audit.engine import Engine
 from simulation.audit.record import as_record, write_record
 from simulation.audit.report import print_audit, write_report
@@ -60,6 +61,18 @@ def test_the_table_fits_a_terminal(done: Audit) -> None:
     assert "batch-averaged loss" in text
     assert "passed" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_engines_are_tried_as_the_site_computes(
+    tiny_audit: AuditCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = ComputeSettings(engine="opacus", micro_tokens=64)
+    settings, tried = tiny_audit.model_copy(update={"compute": compute}), []
+    monkeypatch.setattr(run, "examine", lambda engine, bench: tried.append(engine))
+    ordinary = {"p": ["The patient was seen today and is well, said the nurse on the ward."]}
+    run._white_box(settings, ordinary, 1, lambda *_: None)
+    assert tried == [engine.under(compute) for engine in (run.HONEST, *run.SABOTAGED)]
+    assert tried[0].gradient_sum.keywords == {"engine": "opacus", "micro_tokens": 64}
 
 
 def test_a_broken_engine_and_a_blind_check_are_problems(

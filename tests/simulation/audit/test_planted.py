@@ -9,6 +9,7 @@ from client.privacy.engine import clipped_sum
 from client.privacy.per_note import trained_parameters
 from simulation.audit.checks import Bench
 from simulation.audit.planted import Plant
+from tests.simulation.audit.conftest import make_bench
 
 
 def size(gradient: dict[str, torch.Tensor]) -> float:
@@ -27,6 +28,22 @@ def test_a_planted_note_has_one_row_of_one_layer_and_the_norm_asked_for(
     assert len(rows) == 1
     assert size(gradient) == pytest.approx(3.0 * abs(loudness), rel=1e-4)
     assert plant.scores(gradient, [row])[0] == pytest.approx(3.0 * loudness, rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["A", "core"])
+def test_what_flows_back_reaches_one_row_of_another_matrix(train: str) -> None:
+    bench = make_bench(20, train)
+    plant = Plant(bench.model, 3.0)
+    trained = trained_parameters(bench.model)
+    assert plant.rows == sum(len(p) for p in trained.values())
+    for row in (0, plant.rows // 2, plant.rows - 1):
+        with plant.open():
+            gradient = clipped_sum(bench.model, [plant.unit(row, 2)], 1e9)
+        assert gradient.keys() == trained.keys()
+        assert size(gradient) == pytest.approx(6.0, rel=1e-4)
+        scores = plant.scores(gradient, range(plant.rows))
+        assert scores[row] == pytest.approx(6.0, rel=1e-4)
+        assert max(abs(s) for i, s in enumerate(scores) if i != row) < 1e-4
 
 
 def test_planted_gradients_are_orthogonal_and_every_row_is_reached(bench: Bench) -> None:
