@@ -74,15 +74,15 @@ def score_texts(
 def _window(
     tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
 ) -> tuple[list[int], int]:
-    """The first tokens of a text, and how many characters they cover.
+    """The first tokens of a text, and how many characters those cover that have a context.
 
-    A tokenizer in Python (BioGPT's) does not know which; of a text it has cut short, those count
-    that its tokens stand for.
+    A tokenizer in Python (BioGPT's) does not know which they are; they are counted as what its
+    tokens stand for.
     """
     if not tokenizer.is_fast:
         ids = tokenizer(text, truncation=True, max_length=max_tokens).input_ids
         read = text if len(ids) < max_tokens else tokenizer.decode(ids, skip_special_tokens=True)
-        return ids, len(read)
+        return ids, len(read) - len(tokenizer.decode(ids[:1], skip_special_tokens=True))
     coded = tokenizer(text, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
-    spans = coded.offset_mapping  # (0, 0) of a special token, which may be the last
-    return coded.input_ids, max(end for _, end in spans) - spans[0][0] if spans else 0
+    spans = coded.offset_mapping  # (0, 0) of a special token, which may be the first or the last
+    return coded.input_ids, max(end for _, end in spans) - spans[0][1] if spans else 0
