@@ -134,10 +134,12 @@ class Ledger:
     def commit(self, reservation: Reservation, reply: bytes, **facts: Any) -> None:
         """Store ``reply`` as the reservation's one and only. Once this returns it may be sent.
 
-        Raises LedgerError when the reservation is closed, or its task has a reply already.
+        Raises LedgerError when the reservation is closed, or its task has a reply already under
+        the same ``share`` (see ``reply``).
         """
         with self._transaction() as entries:
-            if self._reply(entries, reservation.task) is not None:
+            (own,) = (e.body for e in entries if e.seq == reservation.seq)
+            if self._reply(entries, reservation.task, {"share": own.get("share")}) is not None:
                 raise LedgerError("the task was answered under another reservation")
             digest = hashlib.sha256(reply).hexdigest()
             self._close(entries, reservation, "COMMITTED", {**facts, "reply": digest})
@@ -151,17 +153,11 @@ class Ledger:
     def reply(self, task: str, **facts: Any) -> bytes | None:
         """The reply to ``task`` on this lineage; None where there is none, or none any more.
 
-        Raises LedgerError where its reservation was made with other ``facts``: what the policy
-        shared then, and does not share now, must not leave.
+        Only one whose reservation was made with these ``facts``: what the policy shared then, and
+        does not share now, must not leave.
         """
         with self._transaction() as entries:  # what a crash left half anchored is not sent yet
-            content = self._reply(entries, task)
-            if content is not None and not self._made_with(entries, task, facts):
-                raise LedgerError(
-                    f"the task was answered under another policy ({', '.join(facts)}), and that "
-                    "answer does not leave; the next round is answered under today's"
-                )
-            return content
+            return self._reply(entries, task, facts)
 
     def history(self, run: str | None = None, round: int | None = None) -> History:
         """Everything ever charged to this lineage (or to one run, or one round), in order."""
@@ -184,17 +180,13 @@ class Ledger:
         """Number of entries, when all of them and the anchor are sound. Raises LedgerError."""
         return len(self.entries())
 
-    def _made_with(self, entries: Sequence[Entry], task: str, facts: Mapping[str, Any]) -> bool:
-        committed = {e.body["reservation"] for e in entries if e.state == "COMMITTED"}
-        return all(
-            e.body.get(name) == value
+    def _reply(self, entries: Sequence[Entry], task: str, facts: Mapping[str, Any]) -> bytes | None:
+        wanted = {**facts, "task": task}.items()
+        asked = {
+            e.seq
             for e in reservations(entries, self.lineage)
-            if e.body["task"] == task and e.seq in committed
-            for name, value in facts.items()
-        )
-
-    def _reply(self, entries: Sequence[Entry], task: str) -> bytes | None:
-        asked = {e.seq for e in reservations(entries, self.lineage) if e.body["task"] == task}
+            if all(e.body.get(name) == value for name, value in wanted)
+        }
         for entry in entries:
             if entry.state != "COMMITTED" or entry.body["reservation"] not in asked:
                 continue
