@@ -248,5 +248,6 @@ def _site_names(values: Sequence[str]) -> list[str]:
         cleaned = "".join(c if c.isalnum() and c.isascii() else "-" for c in value).strip("-")
         name = cleaned[:56] or "unnamed"
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        taken.append(next(n for n in names if n not in taken))
+        known = {n.casefold() for n in taken}  # some disks know no case
+        taken.append(next(n for n in names if n.casefold() not in known))
     return taken[1:]

@@ -28,6 +28,9 @@ _REPLACED = (  # what would bring back in part what the pooled reference goes wi
 )  # fmt: skip
 
 
+_NOT_TRAINING = {"alignment", "evaluation", "compute", "runs"}
+
+
 def run_sweep(jobs: Sequence[list[str]], console: Console) -> RunFolder:
     """Run every job (a list of overrides) and write ``report.html`` over all of them.
 
@@ -78,7 +81,8 @@ def _pooled_references(jobs: Sequence[list[str]]) -> list[list[str]]:
         mean = "ffa" if own.adapter.train == "core" else "product_mean"
         merged = [f"strategy={mean}"] if merge is None else merge
         extra = [*kept, *merged, "hospitals=pooled", "privacy=none", "alignment=none"]
-        found.setdefault(load("simulate", extra, RunSettings).model_dump_json(), extra)
+        trains = load("simulate", extra, RunSettings).model_dump_json(exclude=_NOT_TRAINING)
+        found.setdefault(trains, extra)
     return list(found.values())
 
 

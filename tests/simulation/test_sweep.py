@@ -135,7 +135,7 @@ def test_the_reference_clips_as_the_runs_do_so_that_it_differs_by_the_noise_alon
 def test_every_way_of_training_has_its_own_reference_and_no_two_have_the_same() -> None:
     jobs = sweep(
         ["federation.rounds=1,8", "privacy.epsilon=1,3", "privacy=none,patient_eps8",
-         "strategy=ffa,fedavg"]
+         "strategy=ffa,fedavg", "alignment.examples=96,192", "compute.micro_tokens=0,256"]
     )  # fmt: skip
     found = [load("simulate", job, RunSettings) for job in _pooled_references(jobs)]
     assert [(s.federation.rounds, s.strategy.name) for s in found] == [(1, "ffa"), (8, "ffa")]
