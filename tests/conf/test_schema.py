@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[type[Settings], list[str]]] = {
 POLICY = {
     "site": "east",
     "lineage": "notes",
-    "ledger": "l.sqlite",
+    "ledger": "/l.sqlite",
     "notes": {"source": "jsonl", "path": "n.jsonl"},
     "model": {"source": "smollm2"},
     "privacy": {"epsilon": 8, "delta": 1e-5},

@@ -83,7 +83,7 @@ def test_the_coordinator_lets_hospitals_in_and_ends_in_order(
     text = " ".join(loopback.said("server").read_text().split())
     assert f"certificate: {loopback.ca}" in text
     assert "east may connect" in text
-    assert "west.pub: this key is registered already" in text
+    assert "west.pub: not registered (HTTP 412): is this key there already, under" in text
     assert "broken.pub: not an OpenSSH public key" in text
     assert seen[0] in ("pending", "starting", "running")
     assert seen[1:] == ["finished"]

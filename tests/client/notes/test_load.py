@@ -57,7 +57,7 @@ def test_no_usable_note_says_why(tmp_path: Path, settings: Make) -> None:
         ("jsonl", "notes.jsonl", {"document_types": ("1",)}, "only notes=fhir"),
         ("fhir", "notes.jsonl", {}, "not a folder"),
         ("text", ".", {"note_field": "id"}, r"notes\.note_field=id: notes=text allows null"),
-        ("clinosim", "notes.jsonl", {}, "only `wardround simulate`"),
+        ("clinosim", "notes.jsonl", {}, "made by `wardround simulate`"),
     ],
 )
 def test_what_stops_is_one_line_with_a_way_out(

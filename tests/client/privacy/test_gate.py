@@ -372,7 +372,7 @@ GATE = Gate(
     ),
     policy=SitePolicy.model_validate(
         {
-            "site": "east", "lineage": "invented", "ledger": "ledger.sqlite",
+            "site": "east", "lineage": "invented", "ledger": "/nowhere/l.sqlite",
             "notes": {"source": "jsonl", "path": "notes.jsonl"}, "model": {"source": "smollm2"},
             "privacy": {"epsilon": 8.0, "delta": 1e-5}, **NOISED_BY_POLICY,
         }

@@ -284,7 +284,7 @@ PLAN = TrainingPlan.model_validate(
 )  # fmt: skip
 POLICY = SitePolicy.model_validate(
     {
-        "site": "east", "lineage": "invented", "ledger": "ledger.sqlite",
+        "site": "east", "lineage": "invented", "ledger": "/nowhere/l.sqlite",
         "notes": {"source": "jsonl", "path": "notes.jsonl"}, "model": {"source": "smollm2"},
         "privacy": {"epsilon": 8.0, "delta": 1e-5}, "share": ALL,
     }
