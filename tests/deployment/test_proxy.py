@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -44,12 +45,19 @@ def proxy(loopback: Loopback, tmp_path: Path) -> Iterator[int]:
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     config.write_text(f"{own}http {{ access_log off;\n{temporary}{server}}}\n")
-    loopback.until(loopback.ca.exists, 90, "certificate")
+    made = loopback.ca.with_name("server.pem")  # the last to be written
+    loopback.until(made.exists, 90, "certificate")
     assert NGINX is not None
     running = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(config)])
+    loopback.until(lambda: _listens(port), 30, "proxy")
     yield port
     running.terminate()
     running.wait(timeout=30)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
