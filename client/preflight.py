@@ -14,6 +14,7 @@ from client.notes.load import NotesError, checked_path, load_notes
 from client.notes.note import NoteSet
 from client.privacy.ledger import Ledger, LedgerError, begun
 from client.privacy.unprotected import unprotected_mark
+from client.refusal import failure_site
 from client.site import SiteError, read_policy
 from conf.policy import SitePolicy
 
@@ -30,12 +31,22 @@ def preflight(file: Path) -> tuple[SitePolicy, str]:
         skeleton(policy.model)
         _require_units(policy)
         _require_ledger(policy)
-        notes = load_notes(policy.notes)
+        notes = _read(policy)
     except (NotesError, ModelError, LedgerError) as problem:
         raise SiteError(f"{file}: {problem}") from None
     except OSError as problem:
         raise SiteError(f"{file}: {problem.filename}: {problem.strerror}") from None
     return policy, _found(notes)
+
+
+def _read(policy: SitePolicy) -> NoteSet:
+    """The notes. What is not foreseen may quote one, so only where it happened is told."""
+    try:
+        return load_notes(policy.notes)
+    except (NotesError, OSError):
+        raise
+    except Exception as problem:
+        raise NotesError(f"the notes cannot be read ({failure_site(problem)})") from None
 
 
 def _found(notes: NoteSet) -> str:

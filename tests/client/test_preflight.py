@@ -83,6 +83,18 @@ def test_notes_that_no_round_could_use_are_known_before_the_first(
     assert "aspirin" not in said
 
 
+def test_what_nobody_foresaw_of_a_note_is_not_quoted(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("cannot parse: aspirin 100 mg for Jane Roe")
+
+    monkeypatch.setattr("client.preflight.load_notes", broken)
+    said = complaint(write())
+    assert said.startswith("the notes cannot be read (RuntimeError ")
+    assert "Jane" not in said
+
+
 def test_a_ledger_that_does_not_verify_is_known_before_the_first_round(write: Write) -> None:
     file = write()
     with Ledger.of(read_policy(file)) as ledger:
