@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import shutil
 import socket
@@ -80,6 +81,12 @@ def test_hospitals_take_part_through_the_proxy_and_nothing_else_is_reached(
     trust = ssl.create_default_context(cafile=str(loopback.ca))
     refused = httpx.post(f"https://127.0.0.1:{proxy}/v1/control", verify=trust, trust_env=False)
     assert (refused.status_code, "nginx" in refused.text) == (404, True)
+    asking = http.client.HTTPSConnection("127.0.0.1", proxy, context=trust)
+    asking.putrequest("POST", "/v1/fleet/huge")
+    asking.putheader("Content-Length", str(17 * 2**20))
+    asking.endheaders()
+    assert asking.getresponse().status == 413  # before a byte of it is sent
+    asking.close()
 
     for policy in policies:
         loopback.client(policy, f"client.server=127.0.0.1:{proxy}")
