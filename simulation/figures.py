@@ -292,7 +292,7 @@ def discrepancy(summary: Summary) -> Picture | None:
     )
     note = (
         "Distance between averaging the two LoRA factors and the exact mean of their products, "
-        "relative to that mean. Zero where all hospitals share one factor."
+        "relative to what that mean has changed. Zero where all hospitals share one factor."
     )
     return picture("FedAvg discrepancy by round", alt, draw, note)
 

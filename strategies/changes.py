@@ -10,7 +10,9 @@ nothing once the adapter is longer than any step. Means are the same either way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Literal, overload
 
@@ -19,21 +21,18 @@ import torch
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import Dense, LowRank, stack
 from strategies.base import Draw, Noise
-from strategies.sums import ProductSum, Update, Updates
+from strategies.sums import ProductSum, Update, Updates, norm, squared_distance
 
 
 class Changes(Sequence[Adapter]):
     """``adapters`` less ``origin``, one at a time; as many are in memory as are asked for.
 
     Where all share a factor with ``origin`` a change has their rank, else the sum of both ranks.
-    With ``on_factors`` every column is the same thing in all of them; without, who has learned
-    nothing has changed exactly nothing.
+    Who has learned nothing has changed exactly nothing.
     """
 
-    def __init__(
-        self, adapters: Sequence[Adapter], origin: Adapter, on_factors: bool = False
-    ) -> None:
-        self._adapters, self._origin, self._on_factors = adapters, origin, on_factors
+    def __init__(self, adapters: Sequence[Adapter], origin: Adapter) -> None:
+        self._adapters, self._origin, self._in_columns = adapters, origin, False
         shared = {"A", "B"}
         for adapter in adapters:
             shared = {factor for factor in shared if _shares(adapter, origin, factor)}
@@ -49,26 +48,37 @@ class Changes(Sequence[Adapter]):
     def __getitem__(self, index: int | slice) -> Adapter | Sequence[Adapter]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._since(self._adapters[index])
+        return self.of(self._adapters[index])
+
+    def in_columns(self) -> Changes:
+        """The same, for what acts on factors: every column is the same thing in all of them."""
+        found = copy(self)
+        found._in_columns = True
+        return found
 
     def draw(self, draw: Draw) -> Draw:
         """The same round, which began from nothing."""
         if draw.noise is None:
             return draw
-        return replace(draw, noise=Noise(self._since(draw.noise.start), draw.noise.stds))
+        return replace(draw, noise=Noise(self.of(draw.noise.start), draw.noise.stds))
 
     def added(self, merged: Mapping[str, Update]) -> Updates:
         """``merged`` changes and ``origin`` together, by layer."""
-        together = {}
-        for name, update in merged.items():
-            total = ProductSum()
-            before = self._origin.layers[name].to(torch.float64)
-            total.add(update if isinstance(update, LowRank) else Dense(update), 1.0)
-            total.add(before * self._origin.spec.scale, 1.0)
-            together[name] = total.take()
-        return together
+        return {name: self.whole(name, update) for name, update in merged.items()}
 
-    def _since(self, adapter: Adapter) -> Adapter:
+    def whole(self, layer: str, change: Update) -> Update:
+        """``change`` of one layer and ``origin`` together."""
+        total = ProductSum()
+        total.add(change if isinstance(change, LowRank) else Dense(change), 1.0)
+        total.add(self._before(layer), 1.0)
+        return total.take()
+
+    def distance(self, layer: str, whole: Update) -> float:
+        """Frobenius norm of what ``whole`` has changed in one layer."""
+        return math.sqrt(max(squared_distance(whole, norm(whole), self._before(layer)), 0.0))
+
+    def of(self, adapter: Adapter) -> Adapter:
+        """What has changed from ``origin`` to ``adapter``, one of those that this was made for."""
         ratio = self._origin.spec.scale / adapter.spec.scale
         layers = {}
         for name, layer in adapter.layers.items():
@@ -77,7 +87,7 @@ class Changes(Sequence[Adapter]):
                 layers[name] = LowRank(own.B - ratio * before.B, own.A)
             elif self._shared == "B":
                 layers[name] = LowRank(own.B, own.A - ratio * before.A)
-            elif self._on_factors or ratio != 1 or not _equal(own, before):
+            elif self._in_columns or ratio != 1 or not _equal(own, before):
                 layers[name] = stack([before * -ratio, own])  # in the same columns everywhere
             else:
                 both = stack([before, before])  # whose difference would be rounding, not zero
@@ -87,6 +97,9 @@ class Changes(Sequence[Adapter]):
         return replace(
             adapter, spec=AdapterSpec(rank, spec.scale * rank, spec.targets), layers=layers
         )
+
+    def _before(self, layer: str) -> LowRank:
+        return self._origin.layers[layer].to(torch.float64) * self._origin.spec.scale
 
 
 def _equal(one: LowRank, other: LowRank) -> bool:

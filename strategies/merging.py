@@ -18,21 +18,32 @@ from strategies.figures import Figures
 from strategies.inner_products import cosines
 from strategies.sums import ProductMeans, norm
 
-_ROUNDING = 1e-12  # singular value, relative to the layer's largest, that is rounding
+_ROUNDING = 1e-12  # of a layer's largest singular value, or of its norm: what is less is rounding
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The rank at which nothing is lost, or ``most`` where that is less."""
+
+    most: int | None = None
 
 
 @dataclass(frozen=True)
 class Merge:
     """A merged adapter and what is worth knowing of how it came about.
 
-    ``discrepancy``: relative Frobenius norm of what averaging A and B separately would have got
-    wrong, ||mean(B) mean(A) - mean(B A)|| / ||mean(B A)|| over all layers; 0 if a factor is shared,
-    None where ranks differ and factors have no mean.
-    ``kept_energy``: share of the squared norm that the output rank keeps, smallest over layers;
-    ``kept_by_layer``: of each layer.
+    In a round figures are of what it has changed, dW_k - dW_0, and not of whole updates: beside
+    what earlier rounds have learned a step would not show.
+
+    ``discrepancy``: Frobenius norm of what averaging A and B separately would have got wrong,
+    mean(B) mean(A) - mean(B A), over that of the exact mean; 0 if a factor is shared, None where
+    ranks differ and factors have no mean.
+    ``kept_energy``: 1 - (norm of what the cut to the rank takes / norm before the cut)^2, smallest
+    over layers; ``kept_by_layer``: of each layer.
     ``mean_cosine``: of all pairs of hospitals, each taken as one vector; None for one hospital.
-    ``norm_ratio``: norm of ``adapter``'s update, after the cut to its rank, over that of the exact
-    mean before any cut; 1 when that is zero.
+    ``norm_ratio``: norm of what was merged, after the cut, over that of the exact mean before any;
+    1 when that is zero.
+    ``exact_rank``: the rank that loses nothing, where ``Exact`` was asked for.
     """
 
     adapter: Adapter
@@ -41,6 +52,7 @@ class Merge:
     mean_cosine: float | None
     norm_ratio: float
     kept_by_layer: Mapping[str, float]
+    exact_rank: int | None = None
 
 
 def merge(
@@ -48,7 +60,7 @@ def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     draw: Draw | None = None,
-    rank: int | Literal["exact"] | None = None,
+    rank: int | Exact | None = None,
     dtype: torch.dtype = torch.float32,
     origin: Adapter | None = None,
     orthonormal: Literal["A", "B"] = "A",
@@ -56,13 +68,12 @@ def merge(
     """Merge ``adapters``, whose ranks and scales may differ, into one of the given rank.
 
     ``weights`` are positive, public and sum to one, and equal where the strategy would ignore
-    them; ``rank`` None takes the first adapter's, and "exact" the rank that the merged update has,
-    so that nothing is lost; ``dtype`` is that of the merged factors, computed in float64;
-    ``origin`` is the adapter that a round began with (see ``strategies.changes``); ``orthonormal``
-    is the factor that is so where an update is re-factorised, the other one having its size: the
-    one that the next round freezes, or else a step would be as short as what was learned so far.
-    ``adapters`` are gone through one at a time, more than once, and may be loaded each time. Raises
-    MergeError when the adapters do not fit each other or the strategy.
+    them; ``rank`` None takes the first adapter's; ``dtype`` is that of the merged factors, computed
+    in float64; ``origin`` is the adapter that a round began with (see ``strategies.changes``);
+    ``orthonormal`` is the factor that is so where an update is re-factorised, the other one having
+    its size: the one that the next round freezes, or else a step would be as short as what was
+    learned so far. ``adapters`` are gone through one at a time, more than once, and may be loaded
+    each time. Raises MergeError when the adapters do not fit each other or the strategy.
     """
     if not adapters:
         raise MergeError("no adapter to merge")
@@ -70,26 +81,42 @@ def merge(
         raise MergeError("weights must be positive, one for each adapter, and sum to one")
     if not strategy.weighted and max(weights) - min(weights) > 1e-9:
         raise MergeError(f"{strategy.name} counts all adapters alike; weights must be equal")
-    figures = Figures(adapters, weights)
-    combined = _combined(strategy, adapters, weights, draw or Draw(), origin)
-    if rank == "exact":
-        compressed, rank = _compressed(combined)
-        combined.update(compressed)
-    first, exact = figures.first, strategy.declared.exact
-    spec = first if rank is None else replace(first, rank=rank, alpha=float(rank))
-    layers, kept, squared = {}, {}, 0.0
+    changes = None if origin is None else Changes(adapters, origin)
+    figures = Figures(adapters, weights, changes)
+    combined = _combined(strategy, adapters, weights, draw or Draw(), changes, figures.shapes)
+    exact = strategy.declared.exact
+    spec = figures.first
+    if isinstance(rank, int):
+        spec = replace(spec, rank=rank, alpha=float(rank))
+    layers, kept, ranks, squared = {}, {}, [1], 0.0
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
-        layers[name], kept[name], size = _of_rank(update, spec, orthonormal)
-        squared += kept[name] * size**2
+        if isinstance(rank, Exact):
+            cut, own = _without_rounding(update, rank.most)
+            ranks.append(own)
+        else:
+            cut = _of_rank(update, spec, orthonormal)
+        before, after = cut.before, cut.after
+        if changes is not None:
+            before, after = changes.distance(name, update), changes.distance(name, cut.factors)
+        known = before > _ROUNDING * cut.before
+        kept[name] = 1 - min(1.0, cut.lost / before) ** 2 if known else 1.0
+        layers[name] = cut.factors
+        squared += after**2
         if exact:
-            figures.compare(name, update, size)
+            figures.compare(name, update, cut.before, before)
+    exact_rank = None
+    if isinstance(rank, Exact):
+        exact_rank, widest = max(ranks), max(layer.rank for layer in layers.values())
+        spec = replace(spec, rank=widest, alpha=float(widest))
+        layers = {name: _filled_up(layer, widest) for name, layer in layers.items()}
     merged = Adapter.from_deltas(layers, spec, dtype)
     if not merged.is_finite():
         raise MergeError(f"{strategy.name} gave NaN or infinity")
     if not exact:
-        for name, mean in _exact_means(adapters, weights).items():
-            figures.compare(name, mean, norm(mean))
+        for name, mean in _exact_means(changes or adapters, weights).items():
+            whole = mean if changes is None else changes.whole(name, mean)
+            figures.compare(name, whole, norm(whole), norm(mean))
     size = figures.size
     return Merge(
         merged,
@@ -98,6 +125,7 @@ def merge(
         figures.mean_cosine,
         math.sqrt(squared) / size if size else 1.0,
         kept,
+        exact_rank,
     )
 
 
@@ -106,12 +134,33 @@ def _combined(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     draw: Draw,
-    origin: Adapter | None,
+    changes: Changes | None,
+    shapes: Mapping[str, tuple[int, int]],
 ) -> Updates:
-    if origin is None or not strategy.declared.of_changes:
-        return dict(strategy.combine(adapters, weights, draw))
-    changes = Changes(adapters, origin, strategy.on_factors)
-    return changes.added(strategy.combine(changes, weights, changes.draw(draw)))
+    if not strategy.declared.of_changes:
+        changes = None
+    acted_on = adapters
+    if changes is not None:
+        acted_on, draw = (
+            changes.in_columns() if strategy.on_factors else changes,
+            changes.draw(draw),
+        )
+    found = dict(strategy.combine(acted_on, weights, draw))
+    _require_whole(strategy, found, shapes)
+    return found if changes is None else changes.added(found)
+
+
+def _require_whole(
+    strategy: Strategy, combined: Updates, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Return when a strategy, which may be another package's, gave every layer in its shape."""
+    found = {name: tuple(update.shape) for name, update in combined.items()}
+    for name in sorted(found.keys() | shapes.keys()):
+        if found.get(name) != shapes.get(name):
+            raise MergeError(
+                f"{strategy.name} gave {found.get(name, 'nothing')} for {name}, where the adapters "
+                f"have {shapes.get(name, 'nothing')}; tell who wrote that strategy"
+            )
 
 
 def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updates:
@@ -121,41 +170,49 @@ def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updat
     return means.take()
 
 
-def _of_rank(
-    update: Update, spec: AdapterSpec, orthonormal: Literal["A", "B"]
-) -> tuple[LowRank, float, float]:
-    """Factors of exactly its rank, the share of the squared norm that they keep, and the norm."""
+@dataclass(frozen=True)
+class _Cut:
+    """Factors of an update, its Frobenius norm ``before``, and that of what they have ``lost``."""
+
+    factors: LowRank
+    before: float
+    lost: float
+
+    @property
+    def after(self) -> float:
+        return math.sqrt(max(self.before**2 - self.lost**2, 0.0))
+
+
+def _of_rank(update: Update, spec: AdapterSpec, orthonormal: Literal["A", "B"]) -> _Cut:
+    """Factors of exactly the rank of ``spec``."""
     if isinstance(update, LowRank) and update.rank == spec.rank:
-        return update, 1.0, update.norm()  # as it is: what is shared stays the same bit for bit
+        return _Cut(update, update.norm(), 0.0)  # what is shared stays the same bit for bit
     parts = svd(update if isinstance(update, LowRank) else Dense(update), spec.rank)
     found = parts.truncate(spec.rank, orthonormal)
     if orthonormal == "B":  # also once LoRA's scale is taken off it
         found = LowRank(found.B * spec.scale, found.A / spec.scale)
-    return found, parts.kept_energy(spec.rank), float(parts.S.norm())
+    return _Cut(found, float(parts.S.norm()), float(parts.S[spec.rank :].norm()))
 
 
-def _compressed(updates: Mapping[str, Update]) -> tuple[dict[str, LowRank], int]:
-    """All updates as factors of one rank: the least that keeps every singular value above rounding.
+def _without_rounding(update: Update, most: int | None) -> tuple[_Cut, int]:
+    """Factors of the least rank that keeps every singular value above rounding; and that rank.
 
-    Narrower layers are filled up with zeros: PEFT knows one rank for all.
+    With ``most`` of no higher rank than that.
     """
-    found = {
-        name: svd(update if isinstance(update, LowRank) else Dense(update))
-        for name, update in updates.items()
-    }
-    ranks = {
-        name: int((_ROUNDING * parts.S.max() < parts.S).sum()) for name, parts in found.items()
-    }
-    rank = max(1, *ranks.values())
-    layers = {}
-    for name, parts in found.items():
-        own = parts.truncate(max(1, ranks[name]))
-        more = rank - own.rank
-        layers[name] = LowRank(
-            torch.cat([own.B, own.B.new_zeros(own.B.shape[0], more)], 1),
-            torch.cat([own.A, own.A.new_zeros(more, own.A.shape[1])]),
-        )
-    return layers, rank
+    parts = svd(update if isinstance(update, LowRank) else Dense(update))
+    exact = max(1, int((_ROUNDING * parts.S.max() < parts.S).sum()))
+    own = exact if most is None else min(exact, most)
+    cut = _Cut(parts.truncate(own), float(parts.S.norm()), float(parts.S[own:exact].norm()))
+    return cut, exact
+
+
+def _filled_up(layer: LowRank, rank: int) -> LowRank:
+    """With zeros to ``rank``, for PEFT knows one rank for all layers."""
+    more = rank - layer.rank
+    return LowRank(
+        torch.cat([layer.B, layer.B.new_zeros(layer.B.shape[0], more)], 1),
+        torch.cat([layer.A, layer.A.new_zeros(more, layer.A.shape[1])]),
+    )
 
 
 def mean_cosine(products: Tensor) -> float | None:

@@ -26,7 +26,7 @@ from server.offline.adapters import highest_rank
 from server.progress import stage_progress
 from server.run_folder import write_atomically
 from strategies.base import Draw
-from strategies.merging import Merge, merge
+from strategies.merging import Exact, Merge, merge
 from strategies.registry import create, innermost, require_adapters_suffice
 
 _BASE = "base"
@@ -126,7 +126,7 @@ class _Bench:
         rank = self.command.rank or sum(adapter.spec.rank for adapter in adapters)
         fits = rank <= min(map(highest_rank, adapters))
         draw = Draw(f"experts {self.command.seed}")
-        return merge(strategy, adapters, candidate.weights, draw, rank if fits else "exact")
+        return merge(strategy, adapters, candidate.weights, draw, rank if fits else Exact())
 
 
 def _choose(name: str, expert: Adapter, bench: _Bench, journal: Journal) -> Chosen:

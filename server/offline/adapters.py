@@ -7,7 +7,6 @@ the best approximation of that rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -19,7 +18,7 @@ from adapters.lowrank import LowRank
 from adapters.peft_config import read_config
 from server.offline.plan import Plan
 from strategies.base import Draw, MergeError
-from strategies.merging import Merge, merge
+from strategies.merging import Exact, Merge, merge
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,24 +93,9 @@ def merge_adapters(plan: Plan, opened: Sequence[AdapterFolder], seed: int) -> tu
         for o, sign in zip(opened, plan.signs, strict=True)
     ]
     draw = Draw(f"merge:{seed}")
-    found = merge(plan.strategy, turned, plan.weights, draw, "exact", torch.float64)
-    found = replace(found, adapter=_named(found.adapter, opened))
-    exact = found.adapter.spec.rank
-    if plan.rank is None or plan.rank >= exact:
-        return found, exact
-    kept = kept_by_layer(found.adapter, plan.rank)
-    spec = replace(found.adapter.spec, rank=plan.rank, alpha=float(plan.rank))
-    layers = {
-        name: LowRank(layer.B[:, : plan.rank], layer.A[: plan.rank])
-        for name, layer in found.adapter.layers.items()
-    }
-    cut = Adapter(spec, layers)
-    before, after = _norm(found.adapter), _norm(cut)
-    ratio = found.norm_ratio * after / before if before else found.norm_ratio
-    least = min(kept.values())
-    return replace(
-        found, adapter=cut, kept_energy=least, kept_by_layer=kept, norm_ratio=ratio
-    ), exact
+    found = merge(plan.strategy, turned, plan.weights, draw, Exact(plan.rank), torch.float64)
+    assert found.exact_rank is not None
+    return replace(found, adapter=_named(found.adapter, opened)), found.exact_rank
 
 
 def kept_by_layer(exact: Adapter, rank: int) -> dict[str, float]:
@@ -149,10 +133,6 @@ def _named(adapter: Adapter, opened: Sequence[AdapterFolder]) -> Adapter:
     if any(o.adapter.spec.targets != targets or not o.everywhere for o in opened):
         targets = tuple(sorted(adapter.layers))
     return Adapter(replace(adapter.spec, targets=targets), adapter.layers)
-
-
-def _norm(adapter: Adapter) -> float:
-    return math.sqrt(sum(update.norm() ** 2 for update in adapter.deltas().values()))
 
 
 def _negative(adapter: Adapter) -> Adapter:

@@ -69,7 +69,7 @@ def test_two_rounds_merge_what_the_hospitals_sent_and_learn_from_it(
     assert not any(layer.B.any() for layer in start.layers.values())
     for number, before in ((1, start), (2, first)):
         own = [Adapter.load(folder.adapter_folder(number, site)) for site in SITES]
-        again = merge(create(name), own, [1 / 3] * 3)
+        again = merge(create(name), own, [1 / 3] * 3, origin=before)
         on_disk = Adapter.load(folder.adapter_folder(number))
         assert again.adapter.fingerprint() == on_disk.fingerprint()
         if train == "B":  # every hospital trained against the A that the round began with

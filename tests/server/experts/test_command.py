@@ -23,7 +23,7 @@ from server.experts.inputs import weights_under
 from server.experts.interpolation import furthest
 from server.experts.tasks import read_tasks, scores_of
 from strategies.base import MergeError
-from strategies.merging import merge
+from strategies.merging import Exact, merge
 from strategies.registry import create
 
 QUIET = Console(quiet=True)
@@ -109,7 +109,7 @@ def test_a_narrow_layer_does_not_cut_the_rank_of_the_others(
     assert report["rank"] == expected
     assert report["kept_energy"] == pytest.approx(1, abs=1e-9)
     whole = merge(
-        create("product_mean"), [Adapter.load(f) for f in folders], [1 / 3] * 3, rank="exact"
+        create("product_mean"), [Adapter.load(f) for f in folders], [1 / 3] * 3, rank=Exact()
     ).adapter.deltas()
     found = Adapter.load(tmp_path / "out" / "adapter").deltas()
     assert all((found[name] - whole[name]).norm() < 1e-6 * whole[name].norm() for name in whole)
