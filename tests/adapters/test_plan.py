@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from adapters.plan import TrainingPlan, plan_round
+from client.privacy.engine import noised_mean
 from conf.load import ConfigError, load
 from conf.schema import RunSettings
 
@@ -44,6 +47,21 @@ def test_learning_rate_decays_linearly_over_the_whole_plan() -> None:
     assert rates[-1] == pytest.approx(optimizer.learning_rate * optimizer.final_fraction)
     drops = [a - b for a, b in pairwise(rates)]
     assert drops == pytest.approx([drops[0]] * 11)
+
+
+def test_the_noise_of_a_round_is_what_its_steps_of_noise_add_up_to() -> None:
+    """Gradients of nothing, released as a hospital does, at rates that decay within the round."""
+    plan, normal = plan_round(SETTINGS, "run", 2, PRINT), np.random.default_rng(0).standard_normal
+    entries = torch.zeros(40_000, requires_grad=True)
+    sgd = torch.optim.SGD([entries])
+    for step in range(plan.local_steps):
+        sums = {"q": torch.zeros(40_000, dtype=torch.float64)}
+        std = 1.7 * plan.privacy.clip_norm
+        entries.grad = noised_mean(sums, std, plan.privacy.denominator, normal)["q"].float()
+        sgd.param_groups[0]["lr"] = plan.learning_rate(step)
+        sgd.step()
+    assert plan.local_steps > 1
+    assert plan.noise_std(1.7) == pytest.approx(float(entries.detach().std()), rel=0.02)
 
 
 def test_plan_survives_the_wire() -> None:

@@ -181,6 +181,33 @@ def test_singular_values_lose_what_the_formula_says() -> None:
     assert float(found[1, 1]) == 0.0
 
 
+def test_stein_takes_off_the_share_that_noise_is_expected_to_have() -> None:
+    """1 - m r tau^2 / ||X||^2, of few entries, and nothing of what is shorter than its noise."""
+    X = torch.tensor([[3.0, 0.0], [1.0, -2.0]], dtype=torch.float64)  # of squared norm 14
+    assert torch.allclose(shrunk(X, 1.2, "stein"), (1 - 4 * 1.2**2 / 14) * X)
+    assert not shrunk(X, 1.9, "stein").any()
+
+
+@pytest.mark.parametrize("how", ["singular", "stein"])
+@pytest.mark.parametrize("weigh", [True, False])
+def test_the_mean_is_shrunk_by_the_noise_that_is_left_in_it(how: Shrinkage, weigh: bool) -> None:
+    """Of variance sum_k a_k^2 tau_k^2, whether the a_k are given or follow from precision."""
+    sent, truth, stds, a = start(), signal(1, 0.3), (0.2, 0.4, 0.8), [0.5, 0.3, 0.2]
+    adapters = [moved(sent, truth, std, k) for k, std in enumerate(stds)]
+    steps = [
+        {n: x.layers[n].B.double() - y.B.double() for n, y in sent.layers.items()} for x in adapters
+    ]
+    kind = create("noise_aware", {"shrink": how, "weigh": weigh})
+    found = kind.combine(adapters, a, Draw(noise=Noise(sent, stds)))
+    a = precision_weights(steps, a, stds) if weigh else a
+    tau = math.hypot(*(w * std for w, std in zip(a, stds, strict=True)))
+    for n, layer in sent.layers.items():
+        X = torch.stack([w * step[n] for w, step in zip(a, steps, strict=True)]).sum(0)
+        merged = found[n]
+        assert isinstance(merged, LowRank)
+        assert torch.allclose(merged.B / SPEC.scale - layer.B, shrunk(X, tau, how), atol=1e-12)
+
+
 def test_without_knowing_the_noise_there_is_no_such_merge() -> None:
     sent = start()
     adapters = [moved(sent, signal(k, 0.2), 0.1, k) for k in range(2)]
