@@ -5,8 +5,10 @@ Parameters are not the defaults, so that one which is ignored shows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -110,6 +112,15 @@ def test_trimmed_mean(count: int, liars: int) -> None:
         ours("trimmed_mean", own[: 2 * liars], [0.5 / liars] * (2 * liars), liars=liars)
 
 
+@pytest.mark.parametrize("count", [4, 6])
+def test_median_of_an_even_number_is_the_mean_of_the_middle_two(count: int) -> None:
+    own = hospitals(count)
+    found = ours("median", own, [1 / count] * count)
+    for n in SHAPES:
+        ordered = torch.stack(dense(own, n)).sort(0).values
+        assert gap(found[n], (ordered[count // 2 - 1] + ordered[count // 2]) / 2) < 1e-12
+
+
 # --- by inner products --------------------------------------------------------------------------
 
 
@@ -167,6 +178,43 @@ def test_with_scope_model_all_layers_are_one_vector(name: str) -> None:
     assert gap(torch.block_diag(*layer.values()), expected) > 1e-3
 
 
+@pytest.mark.parametrize("cosine", [-0.95, 0.3, 0.91, 0.95, 0.999])
+def test_slerp_stays_on_the_arc_at_its_share_of_the_angle(cosine: float) -> None:
+    angle = math.acos(cosine)
+
+    def at(share: float) -> Tensor:
+        turned = share * angle
+        return torch.tensor([[math.cos(turned)], [math.sin(turned)]], dtype=torch.float64)
+
+    row, spec = torch.ones(1, 1, dtype=torch.float64), AdapterSpec(1, 1.0, ("q",))
+    pair = [Adapter(spec, {"q": LowRank(at(share), row)}) for share in (0.0, 1.0)]
+    assert gap(ours("slerp", pair, [0.7, 0.3])["q"], at(0.3)) < 1e-12
+
+
+def with_a_silent_one() -> list[Adapter]:
+    *others, last = hospitals()
+    return [*others, replace(last, layers={n: x * 0.0 for n, x in last.layers.items()})]
+
+
+def test_to_model_stock_who_learned_nothing_agrees_with_nobody() -> None:
+    """The mean cosine is that of all pairs, its own being zero."""
+    own = with_a_silent_one()
+    found = ours("model_stock", own, WEIGHTS)
+    for n in SHAPES:
+        pairs = combinations([d.flatten() for d in dense(own, n)], 2)
+        c = float(torch.stack([torch.cosine_similarity(*pair, dim=0) for pair in pairs]).mean())
+        assert gap(found[n], 4 * c / (1 + 3 * c) * mean(dense(own, n), WEIGHTS)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["karcher", "norm_weighted"])
+def test_who_learned_nothing_counts_in_the_mean_norm_but_has_no_direction(name: str) -> None:
+    own, learned = with_a_silent_one(), sum(WEIGHTS[:3])
+    found = ours(name, own, WEIGHTS)
+    others = ours(name, own[:3], [w / learned for w in WEIGHTS[:3]])
+    for n in SHAPES:
+        assert gap(found[n], learned * others[n]) < 1e-9
+
+
 # --- spectral -----------------------------------------------------------------------------------
 
 
@@ -198,14 +246,16 @@ def test_core_ties_is_ties_between_both_bases(election: str) -> None:
         assert gap(found[n], 2.0 * U @ ties(kept, WEIGHTS, votes) @ V.T) < 1e-9
 
 
-def test_tsv_m_with_strength_k_is_the_sum_of_the_paper() -> None:
-    """All components of all four are kept: R / K is their rank."""
-    own = hospitals()
+@pytest.mark.parametrize("whole", [False, True])
+def test_tsv_m_with_strength_k_is_the_sum_of_the_paper(whole: bool) -> None:
+    """R / K components of each, rounded up: 8 / 4, all there are; of whole matrices also 10 / 4."""
+    own = hospitals(whole=whole)
     found = ours("tsv_m", own, EQUAL, strength=4.0)
     for n in SHAPES:
         parts = [torch.linalg.svd(d, full_matrices=False) for d in dense(own, n)]
-        U, V = torch.cat([p[0][:, :2] for p in parts], 1), torch.cat([p[2][:2] for p in parts])
-        S = torch.cat([p[1][:2] for p in parts])
+        k = math.ceil(min(SHAPES[n]) / 4) if whole else 2
+        U, V = torch.cat([p[0][:, :k] for p in parts], 1), torch.cat([p[2][:k] for p in parts])
+        S = torch.cat([p[1][:k] for p in parts])
         left, right = torch.linalg.svd(U, full_matrices=False), torch.linalg.svd(V, False)
         expected = left[0] @ left[2] @ S.diag() @ right[0] @ right[2]
         assert gap(found[n], expected) < 1e-9

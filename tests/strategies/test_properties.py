@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -291,3 +292,17 @@ def test_masks_follow_from_run_round_and_tensor() -> None:
     assert distance(one, merged(Draw("run", 1))) == 0
     assert distance(one, merged(Draw("run", 2))) > 0.1
     assert distance(one, merged(Draw("other", 1))) > 0.1
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("dare", {}), ("della", {"window": 1e-9})])
+def test_masks_of_tensors_and_hospitals_have_nothing_in_common(
+    name: str, parameters: dict[str, Any]
+) -> None:
+    """Layers are equal; at density 1/2 one hospital adds 0 or 1 everywhere, the other 0 or 2."""
+    row, spec = torch.ones(1, 40), AdapterSpec(1, 1.0, TARGETS)
+    pair = [Adapter(spec, dict.fromkeys(SHAPES, LowRank(size * row.T, row))) for size in (1.0, 2.0)]
+    kind = create(name, {"density": 0.5, "elect": False, **parameters})
+    sums = [kind.combine(pair, [0.5, 0.5], Draw("run", 1))[n].round() for n in SHAPES]
+    masks = [mask for total in sums for mask in (total % 2 == 1, total >= 2)]
+    for one, other in combinations(masks, 2):
+        assert float((one == other).double().mean()) == pytest.approx(0.5, abs=0.06)
