@@ -82,6 +82,16 @@ def test_a_direction_that_cancels_or_is_missing_is_not_made_up_from_rounding(nam
     assert gap(merged(name, made(1)), merged(name, made(2))) < 1e-6
 
 
+def test_directions_that_cancel_do_not_count_in_the_mean_size_of_iso_c() -> None:
+    """One hospital undoes the other's third direction: two are left in a core of three."""
+    (first,), (second,) = near(1, 5, 1.0), near(1, 6, 1.0)
+    B, other, A = first.layers["q"].B, second.layers["q"].B, first.layers["q"].A
+    undone = torch.cat([other[:, :2], -B[:, 2:]], 1)
+    pair = [Adapter(first.spec, {"q": LowRank(own, A)}) for own in (B, undone)]
+    U, S, Vh = torch.linalg.svd((B + undone) / 2 @ A)
+    assert gap(merged("iso_c", pair), S[:2].mean() * U[:, :2] @ Vh[:2]) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["core_ties", "knots", "tsv_m", "iso_c"])
 def test_of_whole_matrices_no_identity_of_their_longer_side_is_made(
     name: str, monkeypatch: pytest.MonkeyPatch

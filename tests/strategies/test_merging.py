@@ -226,6 +226,23 @@ def test_the_norm_ratio_is_that_of_the_adapter_that_comes_out(name: str, rank: i
     assert found.norm_ratio == pytest.approx((written / exact) ** 0.5, rel=1e-9)
 
 
+def test_the_exact_rank_is_that_of_all_that_is_not_rounding() -> None:
+    """Of one update in three factorisations its own rank, however small its second direction is."""
+    g = torch.Generator().manual_seed(2)
+
+    def orthonormal(n: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(n, 2, generator=g, dtype=torch.float64)).Q
+
+    values = torch.tensor([1.0, 1e-9], dtype=torch.float64)
+    B, A, spec = orthonormal(9) * values, orthonormal(7).T, AdapterSpec(2, 2.0, ("q",))
+    turns = [orthonormal(2) for _ in range(3)]
+    equal = [Adapter(spec, {"q": LowRank(B @ turn, turn.T @ A)}) for turn in turns]
+    kind = create("product_mean")
+    found = merge(kind, equal, [1 / 3] * 3, rank="exact", dtype=torch.float64).adapter
+    assert found.spec.rank == 2
+    assert torch.linalg.svdvals(dense(found)["q"])[:2].tolist() == pytest.approx(values.tolist())
+
+
 @pytest.mark.parametrize("apart", [0.0, 1e-13, 1e-10, 1e-7, 1e-5, 1e-3])
 @pytest.mark.parametrize("name", ["product_mean", "fedavg"])
 def test_the_discrepancy_of_hospitals_that_hardly_differ_is_not_rounding(
