@@ -107,19 +107,25 @@ def test_rounding_does_not_add_up_over_rounds(
     assert errors[False][-1] / size < 5e-4
 
 
+@pytest.mark.parametrize("train", ["B", "A"])
 def test_a_turned_factor_takes_the_remainder_along_and_loses_what_it_does_not_span(
-    plan: MakePlan, policy: MakePolicy
+    train: str, plan: MakePlan, policy: MakePolicy
 ) -> None:
-    own, spec = policy(), plan(adapter={"rank": 4}).spec
+    """Written for a trained B; where A is trained, everything is transposed."""
+    adapter = {"rank": 4, "train": train}
+    own, spec, name = policy(), plan(adapter={"rank": 4}).spec, f"a.q.lora_{train}.weight"
     A = orthonormal((20, 8), 1).T
     turn = orthonormal((4, 4), 2)
 
     def ask(number: int, frozen: Tensor, moved: Tensor) -> Tensor:
-        asked = plan(round=number, rounds=3, adapter={"rank": 4}, wire="int8")
-        received = Adapter(spec, {"a.q": LowRank(torch.zeros(24, 4), frozen)})
-        released = Outgoing({"a.q.lora_B.weight": moved}, {})
+        asked = plan(round=number, rounds=3, adapter=adapter, upload=train, wire="int8")
+        zero = torch.zeros(24, 4)
+        layer = LowRank(zero, frozen) if train == "B" else LowRank(frozen.T, zero.T)
+        received = Adapter(spec, {"a.q": layer})
+        released = Outgoing({name: moved if train == "B" else moved.T}, {})
         sent = rounded(released, asked, received, own)
-        return unpack_upload(sent.tensors, received, asked)["a.q.lora_B.weight"]
+        found = unpack_upload(sent.tensors, received, asked)[name]
+        return found if train == "B" else found.T
 
     moved = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
     left = moved - ask(1, A[:4], moved)
