@@ -11,7 +11,7 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, stack
 from conf.load import ConfigError
 from strategies.base import MergeError, product_means
-from strategies.merging import merge
+from strategies.merging import Exact, merge
 from strategies.registry import create
 
 SPEC = AdapterSpec(rank=3, alpha=6.0, targets=("q", "v"))
@@ -238,7 +238,7 @@ def test_the_exact_rank_is_that_of_all_that_is_not_rounding() -> None:
     turns = [orthonormal(2) for _ in range(3)]
     equal = [Adapter(spec, {"q": LowRank(B @ turn, turn.T @ A)}) for turn in turns]
     kind = create("product_mean")
-    found = merge(kind, equal, [1 / 3] * 3, rank="exact", dtype=torch.float64).adapter
+    found = merge(kind, equal, [1 / 3] * 3, rank=Exact(), dtype=torch.float64).adapter
     assert found.spec.rank == 2
     assert torch.linalg.svdvals(dense(found)["q"])[:2].tolist() == pytest.approx(values.tolist())
 
