@@ -6,6 +6,7 @@ j counts the components of the rank: rows of A and of a core, columns of B. A co
 of its own because components differ in size by orders of magnitude; float16 has one too, because
 learned factors lie where float16 has few digits left (below 6e-5). Rounding is to the nearest, so
 an entry is off by half a step at most: scale_j / 2 for int8, |x| 2^-11 + scale_j 2^-25 for float16.
+A component whose scale would be below 1.2e-38 becomes zero.
 
 What comes in is checked in every respect before it is used: names, types, shapes, scales.
 """
@@ -23,6 +24,7 @@ _SCALE = ".scale"
 _KIND = {"float16": torch.float16, "int8": torch.int8}
 _LIMIT = {"float16": 1.0, "int8": 127.0}
 _LARGEST = 1e6  # scale; no trained factor comes near
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def encode(
@@ -40,7 +42,7 @@ def encode(
             continue
         x = tensor.double()
         scale = (x.abs().amax(1 - _axis(name)) / _LIMIT[wire]).float()
-        scale[scale == 0] = 1.0
+        scale[scale < _SMALLEST] = 1.0  # of nothing else has float32 all its digits
         if not bool((scale <= _LARGEST).all()):  # also where it is not a number
             raise ValueError("factors too large to travel")
         q = (x / _along(scale, name).double()).clamp(-_LIMIT[wire], _LIMIT[wire])

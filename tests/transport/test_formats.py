@@ -68,6 +68,16 @@ def test_zero_stays_zero_and_what_cannot_travel_is_said() -> None:
                 encode({B: torch.tensor([[bad, 1.0]])}, wire)
 
 
+@pytest.mark.parametrize("wire", ["int8", "float16"])
+def test_no_component_is_too_small_to_be_rounded_rightly(wire: Wire) -> None:
+    sizes = torch.tensor([10.0**-k for k in range(30, 46)], dtype=torch.float64)
+    sent = {"l.lora_A.weight": (sizes[:, None] * torch.tensor([[1.0, 0.61]])).float()}
+    error = (decode(encode(sent, wire), wire)["l.lora_A.weight"] - sent["l.lora_A.weight"]).abs()
+    step = sizes / (127 if wire == "int8" else 1000)
+    assert (error.double() <= step.clamp(min=127 * 1.2e-38)[:, None]).all()
+    assert not decode(encode(sent, wire), wire)["l.lora_A.weight"][-5:].any()
+
+
 def test_int8_takes_a_quarter_of_the_bytes() -> None:
     given = {B: torch.randn(576, 16), A: torch.randn(16, 576)}
 
