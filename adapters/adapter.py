@@ -33,13 +33,15 @@ class AdapterSpec:
     """Rank, alpha, target modules and layers of an adapter; the factor scale is alpha / rank.
 
     ``targets`` are names such as ``q_proj``, or whole paths of modules; ``layers`` chooses blocks
-    of the base model (see ``adapters.chosen_layers``).
+    of the base model (see ``adapters.chosen_layers``); ``task_type`` is one of PEFT's, or None
+    where a folder does not say.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     layers: Layers = None
+    task_type: str | None = "CAUSAL_LM"
 
     @classmethod
     def of(cls, settings: AdapterSettings) -> AdapterSpec:
@@ -53,7 +55,7 @@ class AdapterSpec:
         return self.alpha / self.rank
 
     def peft_config(self, base_model: str = "", depth: int | None = None) -> LoraConfig:
-        """The equivalent PEFT configuration for a causal language model of ``depth`` blocks.
+        """The equivalent PEFT configuration for a language model of ``depth`` blocks.
 
         Raises ValueError when the layers chosen are not among them; without ``depth`` only an
         adapter in all layers has one.
@@ -68,7 +70,7 @@ class AdapterSpec:
             target_modules=list(self.targets),
             lora_dropout=0.0,
             bias="none",
-            task_type="CAUSAL_LM",
+            task_type=self.task_type,
             base_model_name_or_path=base_model,
         )
 
@@ -183,7 +185,8 @@ class Adapter:
         file that is cut or no safetensors; FileNotFoundError when a file is absent.
         """
         config = read_config(folder)
-        spec = AdapterSpec(config.r, config.alpha, config.targets or ())
+        task = config.task_type and config.task_type.value
+        spec = AdapterSpec(config.r, config.alpha, config.targets or (), task_type=task)
         try:
             tensors = load_file(folder / "adapter_model.safetensors")
         except SafetensorError:
@@ -217,4 +220,5 @@ def sum_exactly(adapters: Sequence[Adapter]) -> Adapter:
                     LowRank(torch.zeros(shape.shape[0], r), torch.zeros(r, shape.shape[1]))
                 )
         deltas[name] = stack(parts)
-    return Adapter.from_deltas(deltas, AdapterSpec(rank, float(rank), targets))
+    spec = replace(adapters[0].spec, rank=rank, alpha=float(rank), targets=targets, layers=None)
+    return Adapter.from_deltas(deltas, spec)

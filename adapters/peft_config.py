@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+from peft import TaskType
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 NAME = "adapter_config.json"
@@ -42,6 +43,7 @@ class PeftConfig(BaseModel):
     exclude_modules: Any = None
     layers_to_transform: Any = None
     base_model_name_or_path: str | None = None
+    task_type: Annotated[TaskType, Field(strict=False)] | None = None  # a file holds its name
 
     @property
     def alpha(self) -> float:

@@ -56,14 +56,25 @@ class AdapterFolder:
             size_bytes(stored),
         )
 
+    @property
+    def task(self) -> str | None:
+        """What it is for, in PEFT's words; None where it does not say."""
+        return self.adapter.spec.task_type
+
 
 def open_adapters(plan: Plan) -> list[AdapterFolder]:
     """The adapters of a plan, checked to fit each other. Raises MergeError naming who does not."""
     opened = [AdapterFolder.open(typed) for typed in plan.models]
     first = opened[0]
+    said = next((o for o in opened if o.task), first)
     for one in opened:
         if not one.adapter.is_finite():
             raise MergeError(f"{one.typed}: holds NaN or infinity")
+        if one.task and one.task != said.task:
+            raise MergeError(
+                f"{one.typed}: its task_type is {one.task}, that of {said.typed} {said.task}; "
+                "merge adapters for one task, or correct what adapter_config.json says"
+            )
         theirs, own = first.adapter.layers, one.adapter.layers
         if differing := sorted(set(theirs) ^ set(own)):
             raise MergeError(
@@ -128,11 +139,12 @@ def base_name(opened: Sequence[AdapterFolder], base_model: str | None) -> str:
 
 
 def _named(adapter: Adapter, opened: Sequence[AdapterFolder]) -> Adapter:
-    """With targets that name the layers it has and no others."""
+    """With targets that name the layers it has and no others, for what the inputs say."""
     targets = opened[0].adapter.spec.targets
     if any(o.adapter.spec.targets != targets or not o.everywhere for o in opened):
         targets = tuple(sorted(adapter.layers))
-    return Adapter(replace(adapter.spec, targets=targets), adapter.layers)
+    task = next((o.task for o in opened if o.task), None)
+    return Adapter(replace(adapter.spec, targets=targets, task_type=task), adapter.layers)
 
 
 def _negative(adapter: Adapter) -> Adapter:

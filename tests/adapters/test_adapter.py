@@ -62,6 +62,18 @@ def test_round_trip_through_the_file_changes_nothing(tiny_model: Path, tmp_path:
     assert again.fingerprint() == adapter.fingerprint()
 
 
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"])
+def test_what_an_adapter_is_for_stays_what_it_was(
+    tiny_model: Path, tmp_path: Path, task: str | None
+) -> None:
+    file = random_adapter(load(tiny_model), 2).save(tmp_path) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": task}))
+    adapter = Adapter.load(tmp_path)
+    for again in (adapter, sum_exactly([adapter, adapter])):
+        again.save(tmp_path / "again")
+        assert LoraConfig.from_pretrained(str(tmp_path / "again")).task_type == task
+
+
 def test_an_rslora_folder_becomes_the_alpha_that_gives_the_same_logits(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +209,8 @@ def test_modules_that_no_name_alone_chooses_are_named_by_their_paths(
         ("target_modules", 5),
         ("target_modules", [5]),
         ("base_model_name_or_path", 5),
+        ("task_type", "CAUSAL"),
+        ("task_type", 5),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_key(

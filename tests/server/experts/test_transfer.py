@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_an_adapter_moves_as_it_is(
     assert measured["relative_norm"] == pytest.approx((apart / whole) ** 0.5)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "newer"
+
+
+def test_what_an_adapter_is_for_moves_with_it(
+    move: Move, tmp_path: Path, tiny_model: Path, random_adapter: Callable[..., Adapter]
+) -> None:
+    adapter = random_adapter(1)
+    replace(adapter, spec=replace(adapter.spec, task_type=None)).save(tmp_path / "adapter")
+    move(adapter=tmp_path / "adapter", target=tiny_model)
+    assert Adapter.load(tmp_path / "out").spec.task_type is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

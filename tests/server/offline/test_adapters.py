@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PeftModelForFeatureExtraction, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
 from adapters.adapter import Adapter
 from tests.server.offline.conftest import Call, lora
@@ -46,6 +46,46 @@ def logits(base: Path, adapter: Path | None) -> Tensor:
     live = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
     with torch.no_grad():
         return live.eval()(torch.arange(3, 20)[None]).logits
+
+
+def encoder_lora(base: Path, folder: Path, task: str | None) -> Path:
+    """A random PEFT adapter for the encoder in ``base``."""
+    config = LoraConfig(r=2, target_modules=["query"], task_type=task, init_lora_weights=False)
+    get_peft_model(AutoModel.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A tiny BERT, which generates nothing."""
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize("second", ["FEATURE_EXTRACTION", None])
+def test_merged_adapters_of_an_encoder_are_loaded_by_peft(
+    second: str | None, encoder: Path, tmp_path: Path, call: Call
+) -> None:
+    """One that does not say what it is for has no say."""
+    two = encoder_lora(encoder, tmp_path / "two", second)
+    one = encoder_lora(encoder, tmp_path / "one", "FEATURE_EXTRACTION")
+    assert call(merge_method="linear", models=[two, one]) == 0
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), str(tmp_path / "out"))
+    assert isinstance(model, PeftModelForFeatureExtraction)
+
+
+def test_adapters_for_different_tasks_are_refused(
+    encoder: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = encoder_lora(encoder, tmp_path / "one", "FEATURE_EXTRACTION")
+    two = lora(encoder, tmp_path / "two", 1, target_modules=["query"])
+    assert call(merge_method="linear", models=[one, two]) == 1
+    said = capsys.readouterr().err
+    assert f"{two}: its task_type is CAUSAL_LM, that of {one} FEATURE_EXTRACTION; merge" in said
 
 
 def test_without_a_rank_the_weighted_sum_is_exact(
