@@ -7,13 +7,14 @@ of ``strategies.base.Strategy``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from conf.load import ConfigError, validate
 from conf.schema import RunSettings, TrainedFactors, TrainingSettings
-from strategies.base import MergeError, Strategy
+from strategies.base import Declaration, MergeError, Strategy
 from strategies.breadcrumbs import Breadcrumbs
 from strategies.core_space import CoreTies, IsoC, Knots, TsvM
 from strategies.dare import Dare, Della
@@ -50,21 +51,66 @@ OURS: tuple[type[Strategy], ...] = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Installed:
+    """Strategies by name, and by name why those of other packages cannot be used."""
+
+    usable: dict[str, type[Strategy]]
+    unusable: dict[str, str]
+
+
 @cache
-def strategies() -> dict[str, type[Strategy]]:
-    """All by name. Raises ConfigError when two have one name, or one cannot be loaded."""
-    found = {kind.name: kind for kind in OURS}
+def installed() -> Installed:
+    """Ours and those of other packages. One that is no good harms only who asks for its name."""
+    found = Installed({kind.name: kind for kind in OURS}, {})
     for point in entry_points(group=GROUP):
         try:
-            kind = point.load()
-        except Exception as problem:
-            raise ConfigError(f"strategy {point.name}: cannot be loaded ({problem})") from None
-        if not (isinstance(kind, type) and issubclass(kind, Strategy)):
-            raise ConfigError(f"strategy {point.name}: is no subclass of strategies.base.Strategy")
-        if kind.name in found:
-            raise ConfigError(f"strategy {kind.name}: there are two of this name")
-        found[kind.name] = kind
+            kind, problem = point.load(), ""
+        except Exception as failed:
+            said = " ".join(f"{type(failed).__name__}: {failed}".split())
+            kind, problem = None, f"cannot be loaded ({said})"
+        problem = problem or _problem(kind)
+        name = getattr(kind, "name", None)
+        name = name if isinstance(name, str) else point.name
+        if problem:
+            found.unusable[name] = f"{point.value} {problem}; mend or uninstall its package"
+        elif name in found.usable:
+            other = "ours" if found.usable[name] in OURS else "another package's"
+            found.unusable[name] = (
+                f"there are two of this name, {other} and {point.value}; uninstall its package"
+            )
+        else:
+            found.usable[name] = kind
+    for name in found.unusable:
+        found.usable.pop(name, None)
     return found
+
+
+def _problem(kind: Any) -> str:
+    """Why this is no strategy; empty where it is one."""
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        return "is no subclass of strategies.base.Strategy"
+    if not isinstance(getattr(kind, "name", None), str):
+        return "has no name: ClassVar[str]"
+    if not isinstance(getattr(kind, "declared", None), Declaration):
+        return "has no declared: ClassVar[Declaration]"
+    if missing := sorted(kind.__abstractmethods__):
+        return f"does not define {missing[0]}"
+    return ""
+
+
+def strategies() -> dict[str, type[Strategy]]:
+    """All that can be used, by name."""
+    return installed().usable
+
+
+def require_usable(name: str, key: str) -> None:
+    """Return unless the strategy of that name is a package's that cannot be used.
+
+    Raises ConfigError; ``key`` is the option that asks for it, with its value.
+    """
+    if name in installed().unusable:
+        raise ConfigError(f"{key}: {installed().unusable[name]}")
 
 
 def require_strategy(settings: TrainingSettings) -> None:
@@ -151,9 +197,11 @@ def create(
 def _created(
     name: str, parameters: dict[str, Any], train: TrainedFactors | None, key: str, under: str
 ) -> Strategy:
-    known = strategies()
+    require_usable(name, f"{key}={name}")
+    known, unusable = strategies(), ", ".join(sorted(installed().unusable))
     if name not in known:
-        raise ConfigError(f"{key}={name}: choose one of {', '.join(sorted(known))}")
+        more = f"; not usable: {unusable}" if unusable else ""
+        raise ConfigError(f"{key}={name}: choose one of {', '.join(sorted(known))}{more}")
     kind = known[name]
     if train is not None and train not in kind.declared.trains:
         fit = " | ".join(sorted(n for n, k in known.items() if train in k.declared.trains))

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from conf.load import ConfigError
-from strategies.registry import strategies
+from strategies.registry import require_usable, strategies
 
 Space = Literal["weights", "differences", "either"]
 
@@ -144,6 +144,7 @@ _ELSEWHERE = {  # methods of mergekit that are not here
 
 def method(name: str) -> Method:
     """The method of that name, mergekit's or ours. Raises ConfigError naming those there are."""
+    require_usable(MERGEKIT[name].strategy if name in MERGEKIT else name, f"merge_method={name}")
     if name in MERGEKIT:
         return MERGEKIT[name]
     if name in strategies():

@@ -13,6 +13,7 @@ from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
 from conf.load import ConfigError, load
 from conf.schema import RunSettings
+from server.offline.methods import method
 from strategies import registry
 from strategies.base import Declaration, Draw, Strategy, Update, product_means
 from strategies.merging import merge
@@ -36,6 +37,21 @@ class Impostor(Half):
     name: ClassVar[str] = "ties"
 
 
+class Nameless(Strategy):
+    declared: ClassVar = Half.declared
+    combine = Half.combine
+
+
+class Undeclared(Strategy):
+    name: ClassVar[str] = "undeclared"
+    combine = Half.combine
+
+
+class Abstract(Strategy):
+    name: ClassVar[str] = "abstract"
+    declared: ClassVar = Half.declared
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Install a package whose entry point names an object of this module."""
@@ -43,11 +59,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def install(what: str) -> None:
         point = EntryPoint("other", f"{__name__}:{what}", registry.GROUP)
         monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-        strategies.cache_clear()
+        registry.installed.cache_clear()
 
     yield install  # type: ignore[misc]
     monkeypatch.undo()
-    strategies.cache_clear()
+    registry.installed.cache_clear()
 
 
 def test_a_strategy_of_another_package_is_used_like_ours(installed: Callable[[str], None]) -> None:
@@ -62,19 +78,43 @@ def test_a_strategy_of_another_package_is_used_like_ours(installed: Callable[[st
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "name", "said"),
     [
-        ("Impostor", "strategy ties: there are two of this name"),
-        ("pytest", "strategy other: is no subclass of strategies.base.Strategy"),
-        ("Missing", "strategy other: cannot be loaded"),
+        ("Impostor", "ties", "there are two of this name, ours and {}; uninstall"),
+        ("pytest", "other", "{} is no subclass of strategies.base.Strategy; mend or uninstall"),
+        ("Missing", "other", "{} cannot be loaded (AttributeError: module"),
+        ("Nameless", "other", "{} has no name: ClassVar[str]; mend or uninstall its package"),
+        ("Undeclared", "undeclared", "{} has no declared: ClassVar[Declaration]; mend"),
+        ("Abstract", "abstract", "{} does not define combine; mend or uninstall its package"),
     ],
 )
-def test_what_is_no_strategy_is_named(
-    installed: Callable[[str], None], what: str, said: str
+def test_what_is_no_strategy_is_refused_when_it_is_asked_for_and_harms_no_other(
+    installed: Callable[[str], None], what: str, name: str, said: str
 ) -> None:
     installed(what)
-    with pytest.raises(ConfigError, match=said):
-        strategies()
+    for asked, parameters, key in ((name, {}, "name"), ("lines", {"of": name}, "of")):
+        with pytest.raises(ConfigError) as caught:
+            create(asked, parameters)
+        expected = said.format(f"{__name__}:{what}")
+        assert str(caught.value).startswith(f"strategy.{key}={name}: {expected}")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=f"merge_method={name}: "):
+        method(name)
+    for usable in strategies():
+        create(usable, {"of": "fedavg"} if usable == "lines" else {})
+    assert len(strategies()) == len(registry.OURS) - (name == "ties")
+    assert method("dare_ties").strategy == "dare"
+
+
+def test_what_cannot_be_used_is_named_beside_what_there_is(
+    installed: Callable[[str], None],
+) -> None:
+    installed("Missing")
+    with pytest.raises(
+        ConfigError, match=r"strategy\.name=half: choose one of .*, tsv_m; "
+    ) as found:
+        create("half")
+    assert str(found.value).endswith("; not usable: other")
 
 
 @pytest.mark.parametrize(
