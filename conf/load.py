@@ -54,6 +54,7 @@ def load(command: str, overrides: Sequence[str], kind: type[T]) -> T:
     for override in chosen:
         _checked(override, defaults)
     config = _compose(command, chosen)
+    _leave_to_named_strategy(config, overrides)
     known = OmegaConf.to_container(config)
     assert isinstance(known, dict)
     for override in overrides:  # which keys there are depends on the choices
@@ -133,6 +134,13 @@ def _compose(command: str, chosen: list[str]) -> DictConfig:
         return compose(config_name=command, overrides=chosen)
 
 
+def _leave_to_named_strategy(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop the chosen group's parameters where ``strategy.name`` names another strategy."""
+    names = [_value(o, o.partition("=")[2]) for o in overrides if o.startswith("strategy.name=")]
+    if names and "strategy" in config and names[-1] != config.strategy.name:
+        config.strategy = {"name": config.strategy.name}
+
+
 def _checked(override: str, defaults: Mapping[Any, Any]) -> str:
     """The override's key, once it and its choice are known to exist. Raises ConfigError."""
     option = _OPTION.fullmatch(override)
@@ -156,7 +164,9 @@ def _checked(override: str, defaults: Mapping[Any, Any]) -> str:
             raise ConfigError(f"{key}={value}: set one of its keys: {keys}")
         if value not in choices:
             several = " (for several, one after the other: --multirun)" if "," in value else ""
-            raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}{several}")
+            packages = f"; one of an installed package is chosen by strategy.name={value}"
+            more = several or (packages if key == "strategy" else "")
+            raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}{more}")
     return key
 
 

@@ -209,9 +209,30 @@ def test_an_unknown_key_is_named_with_the_known_ones(
 @pytest.mark.parametrize("group", groups())
 def test_an_unknown_choice_is_named_with_the_choices(group: str) -> None:
     choices = ", ".join(groups()[group])
-    assert complaint("simulate", f"{group}=typo") == f"{group}=typo: choose one of {choices}"
+    assert complaint("simulate", f"{group}=typo").startswith(
+        f"{group}=typo: choose one of {choices}"
+    )
     assert complaint("simulate", f"{group}=null").startswith(f"{group}=null: choose one of")
     assert complaint("simulate", f"{group}={{}}").startswith(f"{group}={{}}: choose one of")
+
+
+def test_who_chooses_a_strategy_of_another_package_as_a_group_is_told_how_it_is_chosen() -> None:
+    hint = "; one of an installed package is chosen by strategy.name=half"
+    assert complaint("experts", "strategy=half", *NEEDED["experts"]).endswith(hint)
+
+
+@pytest.mark.parametrize("own", [[], ["strategy.share=0.3"]])
+@pytest.mark.parametrize("group", [[], ["strategy=ties"]])
+def test_another_strategy_by_name_has_none_of_the_groups_parameters(
+    own: list[str], group: list[str]
+) -> None:
+    given = compose("experts", *own, "strategy.name=half", *group).strategy
+    assert given.model_dump() == {"name": "half", **({"share": 0.3} if own else {})}
+
+
+def test_the_groups_own_name_keeps_its_parameters() -> None:
+    given = compose("experts", "strategy.name=task_arithmetic").strategy
+    assert given.parameters == {"strength": 0.4}
 
 
 def test_several_choices_at_once_are_told_of_multirun() -> None:
