@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from adapters.peft_config import read_config
 from conf.experts import TransferCommand
 from conf.load import ConfigError
 from server.experts.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from server.experts.transfer import (
     require_same_shape,
     update_norms,
 )
+from server.offline.adapters import other_base
 from server.progress import stage_progress
 from server.run_folder import write_atomically
 from server.whole_folder import whole_folder
@@ -49,6 +51,8 @@ def run(command: TransferCommand, console: Console) -> dict[str, Any]:
             record = _difference(command, base, Checkpoint("tuned", command.tuned), target, made,
                                  console)  # fmt: skip
         write_atomically(made / _FILE, json.dumps(record, indent=2) + "\n")
+    for note in record["notes"]:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     apart = record["base_to_target"]["relative_norm"]
     console.print(f"base to target: {apart:.2%} of the base's norm", highlight=False)
     if differing := record["config_differs"]:
@@ -72,7 +76,9 @@ def _adapter(
     adapter, own = only_shared(adapter, under, target, rows)
     adapter.save(made, target.name)
     apart = distance(base, target, rows.moved, list(under.values()))
-    return _record(command, base, target, own, apart, update_norms(adapter, target, under))
+    record = _record(command, base, target, own, apart, update_norms(adapter, target, under))
+    said = read_config(command.adapter).base_model_name_or_path or ""
+    return record | {"notes": other_base("the adapter", said, str(base.folder))}
 
 
 def _difference(
@@ -120,4 +126,5 @@ def _record(
         "base_to_target": apart.record(),
         "applied": applied.record(),
         "token_rows": asdict(rows),
+        "notes": [],
     }

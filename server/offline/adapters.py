@@ -138,6 +138,14 @@ def base_name(opened: Sequence[AdapterFolder], base_model: str | None) -> str:
     return base_model or _public(next((o.base_model for o in opened if o.base_model), ""))
 
 
+def other_base(typed: str, said: str, base_model: str) -> list[str]:
+    """A note where an adapter says that it was made for ``said``, not for ``base_model``."""
+    base = str(Path(base_model).absolute())
+    if not _differ(said, base):
+        return []
+    return [f"{typed} says it was made for {_public(said)}, not {_public(base)}"]
+
+
 def _named(adapter: Adapter, opened: Sequence[AdapterFolder]) -> Adapter:
     """With targets that name the layers it has and no others, for what the inputs say."""
     targets = opened[0].adapter.spec.targets

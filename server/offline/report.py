@@ -17,7 +17,7 @@ import torch
 
 from adapters.adapter import Adapter
 from adapters.lowrank import LowRank, gram
-from server.offline.adapters import AdapterFolder, kept_by_layer, size_bytes
+from server.offline.adapters import AdapterFolder, kept_by_layer, other_base, size_bytes
 from server.offline.figures import Figures
 from server.offline.models import Folded, ModelMerge
 from server.offline.plan import Plan
@@ -72,7 +72,10 @@ def of_adapters(
     }
     about = "updates of adapters"
     layers = _layers(plan, opened, found)
-    notes = _grown(opened, found, saved) if saved.spec.rank == exact else []
+    notes = []
+    if plan.base_model is not None:
+        notes = [n for o in opened for n in other_base(o.typed, o.base_model, plan.base_model)]
+    notes += _grown(opened, found, saved) if saved.spec.rank == exact else []
     if folded is not None and folded.rounding > _MUCH:
         notes.append(
             f"rounding moved the folded weights by {_percent(folded.rounding)} of the update; "

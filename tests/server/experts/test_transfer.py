@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -116,6 +117,28 @@ def test_what_an_adapter_is_for_moves_with_it(
     replace(adapter, spec=replace(adapter.spec, task_type=None)).save(tmp_path / "adapter")
     move(adapter=tmp_path / "adapter", target=tiny_model)
     assert Adapter.load(tmp_path / "out").spec.task_type is None
+
+
+def test_an_adapter_that_says_it_was_made_for_another_base_is_told(
+    tmp_path: Path, tiny_model: Path, random_adapter: Callable[..., Adapter]
+) -> None:
+    def notes(base: str) -> list[str]:
+        folder = random_adapter(1).save(tmp_path / "adapter", base)
+        options = {"adapter": folder, "base": tiny_model, "target": tiny_model}
+        options["out"] = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        given = [f"{key}={value}" for key, value in options.items()]
+        console = Console(file=io.StringIO(), width=60)
+        record = run(load("transfer", given, TransferCommand), console)
+        assert isinstance(console.file, io.StringIO)
+        told = console.file.getvalue()
+        assert all(f"\nnote: {note}\n" in f"\n{told}" for note in record["notes"])
+        assert ("made for" in told) == bool(record["notes"])
+        return list(record["notes"])
+
+    expected = "the adapter says it was made for {}, not " + tiny_model.name
+    assert notes("meta/Llama-2-7b-chat-hf") == [expected.format("meta/Llama-2-7b-chat-hf")]
+    assert notes("/srv/models/mistral") == [expected.format("mistral")]
+    assert notes(f"elsewhere/{tiny_model.name}") == notes("") == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -88,6 +88,28 @@ def test_adapters_for_different_tasks_are_refused(
     assert f"{two}: its task_type is CAUSAL_LM, that of {one} FEATURE_EXTRACTION; merge" in said
 
 
+def test_who_says_an_adapter_was_made_for_another_base_is_told_what_it_says(
+    tiny_model: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"one": "meta/Llama-2-7b", "two": "/srv/models/mistral", "three": str(tiny_model)}
+    folders = []
+    for seed, (name, base) in enumerate(names.items()):
+        folders.append(lora(tiny_model, tmp_path / name, seed))
+        file = folders[-1] / "adapter_config.json"
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base})
+        )
+    assert call(merge_method="linear", models=folders, base_model=tiny_model) == 0
+    notes = [
+        f"{folder} says it was made for {said}, not {tiny_model.name}"
+        for folder, said in zip(folders, ("meta/Llama-2-7b", "mistral"), strict=False)
+    ]
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "made for" in line] == [f"note: {note}" for note in notes]
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["notes"][:2] == notes
+
+
 def test_without_a_rank_the_weighted_sum_is_exact(
     adapters: list[Path], tmp_path: Path, call: Call
 ) -> None:
