@@ -37,6 +37,7 @@ class Unusable(ValueError):
 class Sent:
     """What a round began with: the adapter, and how each of its tensors was called and stored."""
 
+    arrays: ArrayRecord
     adapter: Adapter
     names: dict[str, str]  # by plain name
     tensors: dict[str, Tensor]  # by plain name
@@ -47,7 +48,7 @@ class Sent:
         """``arrays`` as sent. Raises ValueError when they are not the factors of a LoRA adapter."""
         named = {name.removeprefix(_PREFIX): name for name in arrays}
         tensors = _tensors(arrays)
-        return cls(_adapter(tensors, alpha), named, tensors, alpha)
+        return cls(arrays, _adapter(tensors, alpha), named, tensors, alpha)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class MergeStrategy(FedAvg):
     strategy
         Name of a strategy (see ``docs/merging.md``), or one that is made already.
     parameters
-        Of the strategy of that name.
+        Of the strategy of that name; none of one that is made already.
     alpha
         LoRA's alpha of all hospitals; an update is alpha / rank times B A. None: B A itself. It
         matters only where ranks differ.
@@ -48,11 +48,12 @@ class MergeStrategy(FedAvg):
     sampling
         All other parameters of Flower's ``FedAvg``.
 
-    Raises ConfigError for an unknown strategy or parameter, or one that needs statistics, which
-    these messages do not carry, or an order, which hospitals do not have, and for an ``alpha`` not
-    above 0. With no usable reply at all, or with too few for the strategy as some were left out,
-    the arrays stay as they were. A round raises MergeError when it samples more or fewer hospitals
-    than the strategy can merge, before it asks them: no later round would do better.
+    Raises ConfigError for an unknown strategy or parameter, parameters beside a strategy that is
+    made already, a strategy that needs statistics, which these messages do not carry, or an order,
+    which hospitals do not have, and for an ``alpha`` not above 0. With no usable reply at all, or
+    with too few for the strategy as some were left out, the arrays stay as they were. A round
+    raises MergeError when it samples more or fewer hospitals than the strategy can merge, before it
+    asks them: no later round would do better.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class MergeStrategy(FedAvg):
     ) -> None:
         super().__init__(weighted_by_key=weighted_by_key or EQUAL, **sampling)
         made = create(strategy, parameters) if isinstance(strategy, str) else strategy
+        if made is strategy and parameters:
+            raise ConfigError(
+                f"parameters: strategy={made.name} is made already; give its name with them, or "
+                "make it with them"
+            )
         require_no_order(made)
         if made.statistics:
             raise ConfigError(
@@ -117,7 +123,8 @@ class MergeStrategy(FedAvg):
         """The merged factors, under the names and in the types that were sent; and metrics.
 
         Beside the hospitals' metrics there is what the merge reports of itself (``merge-...``; see
-        ``strategies.merging.Merge``). Raises MergeError.
+        ``strategies.merging.Merge``). Of nothing that can be merged: the arrays as they were sent,
+        and no metrics. Raises MergeError.
         """
         if self._sent is None:
             raise RuntimeError("configure_train has not been called")
@@ -128,7 +135,7 @@ class MergeStrategy(FedAvg):
         for node, reason in self.left_out[server_round].items():
             log.warning("round %d: node %d left out: %s", server_round, node, reason)
         if not good:
-            return None, None
+            return self._sent.arrays, None
         in_order = [good[node] for node in sorted(good)]
         adapters = [one.adapter for one in in_order]
         total = math.fsum(one.weight for one in in_order)
@@ -153,7 +160,7 @@ class MergeStrategy(FedAvg):
             if not left_out:
                 raise
             log.warning("round %d: nothing was merged: %s", server_round, problem)
-            return None, None
+            return self._sent.arrays, None
         contents = [one.content for one in in_order]
         metrics = self._metrics(contents, self.train_metrics_aggr_fn) or MetricRecord()
         metrics.update({"merge-hospitals": len(good), **_report(found)})

@@ -165,7 +165,9 @@ def test_a_hospital_that_does_not_answer_may_not_have_been_the_liar(
     name: str, answer: Callable[[Message], Message | None], local_grid: Grids
 ) -> None:
     own = {k: partial(trained, "B", k) for k in (1, 2)} | {3: answer}
-    assert not start(only_train(name), local_grid(own)).arrays
+    result = start(only_train(name), local_grid(own))
+    assert result.arrays == ArrayRecord(factors(0))
+    assert result.train_metrics_clientapp == {}
 
 
 def test_nobody_makes_the_arrays_more_than_their_type_can_hold(local_grid: Grids) -> None:
@@ -225,7 +227,7 @@ def test_without_a_usable_reply_the_arrays_stay_as_they_were(local_grid: Grids) 
     bad, _ = BAD["nan"]
     grid = local_grid(hospitals(changed=bad))
     strategy = only_train()
-    assert not start(strategy, grid, 2).arrays  # as with Flower's own: no round gave any
+    assert start(strategy, grid, 2).arrays == ArrayRecord(factors(0))
     assert set(strategy.left_out) == {1, 2}
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from conf.load import ConfigError
 from server.flower_strategy import MergeStrategy
 from strategies.base import MergeError
-from strategies.registry import OURS
+from strategies.registry import OURS, create
 
 if TYPE_CHECKING:
     from conftest import LocalGrid
@@ -207,6 +207,10 @@ def test_nobody_is_asked_for_a_round_that_could_not_be_merged(
 def test_mistakes_are_told_at_once(local_grid: Grids) -> None:
     with pytest.raises(ConfigError, match=r"strategy\.name=best: choose one of"):
         MergeStrategy("best")
+    with pytest.raises(
+        ConfigError, match="parameters: strategy=ties is made already; give its nam"
+    ):
+        MergeStrategy(create("ties"), {"density": 0.3})
     with pytest.raises(ConfigError, match=r"strategy\.density=2"):
         MergeStrategy("ties", {"density": 2})
     with pytest.raises(ConfigError, match="strategy=ties: a density for each adapter needs an ord"):
