@@ -29,6 +29,7 @@ _UNSUPPORTED = (
     "use_bdlora",
     "target_parameters",
 )
+_IN_NO_MODEL = ("layer_replication", "alora_invocation_tokens", "use_qalora")  # PEFT folds none in
 
 
 class PeftConfig(BaseModel):
@@ -76,7 +77,11 @@ def read_config(folder: Path) -> PeftConfig:
         raise ValueError(f"{folder}: is {kind}, and only LoRA is merged")
     for key in _UNSUPPORTED:
         if raw.get(key):
-            raise ValueError(f"{folder}: {key} is not supported in an adapter to be merged")
+            remedy = "; make a model of it (PEFT's merge_and_unload), and merge models"
+            raise ValueError(
+                f"{folder}: {key} is not supported in an adapter to be merged"
+                f"{'' if key in _IN_NO_MODEL else remedy}"
+            )
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _STARTS:
         raise ValueError(

@@ -30,7 +30,7 @@ _ROOM = 100  # by how much a strategy and LoRA's scale may enlarge the longest u
 
 
 class Unusable(ValueError):
-    """A reply that cannot be merged; the message says why and quotes nothing of it."""
+    """A reply that cannot be merged; the message says why and quotes no more of it than shapes."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,13 @@ class Sent:
     def read(cls, arrays: ArrayRecord, alpha: float | None) -> Sent:
         """``arrays`` as sent. Raises ValueError when they are not the factors of a LoRA adapter."""
         named = {name.removeprefix(_PREFIX): name for name in arrays}
-        tensors = _tensors(arrays)
-        return cls(arrays, _adapter(tensors, alpha), named, tensors, alpha)
+        try:
+            tensors = _tensors(arrays)
+            return cls(arrays, _adapter(tensors, alpha), named, tensors, alpha)
+        except ValueError as problem:
+            raise ValueError(
+                f"{problem}; send what peft.get_peft_model_state_dict(model) gives"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,10 @@ class FactorSums:
         """Add one hospital. Raises MergeError when its rank or scale differs from the others'."""
         spec = self._spec or adapter.spec
         if (adapter.spec.rank, adapter.spec.scale) != (spec.rank, spec.scale):
-            raise MergeError("adapters of different rank or scale have no mean of factors")
+            raise MergeError(
+                "adapters of different rank or scale have no mean of factors; take product_mean or "
+                "hetlora"
+            )
         for name, layer in adapter.layers.items():
             B, A = weight * layer.B.double(), weight * layer.A.double()
             if self._spec is None:

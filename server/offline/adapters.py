@@ -69,7 +69,7 @@ def open_adapters(plan: Plan) -> list[AdapterFolder]:
     said = next((o for o in opened if o.task), first)
     for one in opened:
         if not one.adapter.is_finite():
-            raise MergeError(f"{one.typed}: holds NaN or infinity")
+            raise MergeError(f"{one.typed}: holds NaN or infinity; leave it out")
         if one.task and one.task != said.task:
             raise MergeError(
                 f"{one.typed}: its task_type is {one.task}, that of {said.typed} {said.task}; "
@@ -77,8 +77,10 @@ def open_adapters(plan: Plan) -> list[AdapterFolder]:
             )
         theirs, own = first.adapter.layers, one.adapter.layers
         if differing := sorted(set(theirs) ^ set(own)):
+            more, less = (one, first) if differing[0] in own else (first, one)
             raise MergeError(
-                f"{one.typed}: adapts other layers than {first.typed}, such as {differing[0]}"
+                f"{more.typed}: adapts {differing[0]}, {less.typed} does not; make a model of each "
+                "(output: model), and merge models"
             )
         for name, layer in own.items():
             if layer.shape != theirs[name].shape:

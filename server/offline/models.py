@@ -242,7 +242,10 @@ def _require_same(one: ModelFolder, other: ModelFolder) -> None:
             f"{other.typed}: has {other.heads} attention heads, {one.typed} has {one.heads}"
         )
     if differing := sorted(set(one.headers) ^ set(other.headers)):
-        raise MergeError(f"{other.typed}: differs from {one.typed} in having {differing[0]} or not")
+        name = differing[0]
+        more, less = (one, other) if name in one.headers else (other, one)
+        tied = "; save both with the same tie_word_embeddings" if "lm_head" in name else ""
+        raise MergeError(f"{more.typed}: has {name}, {less.typed} has not{tied}")
     for name, header in sorted(one.headers.items()):
         found = other.headers[name]
         if found.shape != header.shape:

@@ -40,6 +40,8 @@ def weights_of(recipe: Recipe, how: Method, places: Collection[int]) -> dict[int
     given = {n: w for n, w in given.items() if w is False or w != 0}
     if not given:
         raise ConfigError("models: all of them have weight 0; give one another, or none a weight")
+    if slerp and len(given) > 2:
+        raise ConfigError(f"merge_method=slerp: merges two models, not {len(given)}; take karcher")
     if "t" in recipe.parameters:
         if not slerp or len(given) != 2:
             raise ConfigError("parameters.t: is for slerp between two models; give weight")

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank, gram
 from adapters.statistics import MeasuredAdapter
-from strategies.base import Draw, Noise, deltas, product_means
+from strategies.base import Draw, MergeError, Noise, deltas, product_means
 from strategies.inner_products import FromInnerProducts, cosines
 from strategies.merging import merge
 from strategies.norms import FromNorms
@@ -244,3 +244,10 @@ def test_a_merge_reads_any_sequence_that_loads_again() -> None:
     one = merge(create("median"), Names(5, False), [0.2] * 5).adapter
     two = merge(create("median"), [hospital(k, False) for k in range(5)], [0.2] * 5).adapter
     assert one.fingerprint() == two.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ffa", "rolora", "fedsvd", "lora_fair"])
+def test_of_factors_of_different_ranks_it_is_said_what_merges_them(name: str) -> None:
+    unlike = [hospital(1, False), hospital(2, False, rank=2)]
+    with pytest.raises(MergeError, match="no mean of factors; take product_mean or hetlora"):
+        create(name).combine(unlike, [0.5, 0.5], Draw())

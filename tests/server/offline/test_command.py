@@ -175,11 +175,18 @@ def test_whole_models_need_what_their_method_needs(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"tensors": {"lora_A": lambda t: t * torch.nan}}, "bad: holds NaN or infinity"),
-        ({"config": {"use_dora": True}}, "bad: use_dora is not supported in an adapter"),
+        (
+            {"tensors": {"lora_A": lambda t: t * torch.nan}},
+            "bad: holds NaN or infinity; leave it out",
+        ),
+        (
+            {"config": {"use_dora": True}},
+            "bad: use_dora is not supported in an adapter to be merged; make a model of it (PEFT's "
+            "merge_and_unload), and merge models",
+        ),
         (
             {"config": {"alora_invocation_tokens": [1, 2]}},
-            "bad: alora_invocation_tokens is not supported in an adapter",
+            "bad: alora_invocation_tokens is not supported in an adapter to be merged",
         ),
         ({"config": {"use_qalora": True}}, "bad: use_qalora is not supported in an adapter"),
         ({"config": {"kasa_config": {"gamma": 1}}}, "bad: kasa_config is not supported in an"),
@@ -226,8 +233,28 @@ def test_adapters_of_other_layers_or_of_another_base_are_named(
     assert call(**LINEAR, models=[wide], base_model=tiny_model, output="model") == 1
     assert "has shape (32, 48), not (128, 192) as in the adapters" in said(capsys)
     other = lora(tiny_model, tmp_path / "other", 1, target_modules=["q_proj"])
-    assert call(**LINEAR, models=[adapters[0], other]) == 1
-    assert "adapts other layers than" in said(capsys)
+    name = "model.layers.0.mlp.down_proj"
+    for listed in ([adapters[0], other], [other, adapters[0]]):
+        assert call(**LINEAR, models=listed) == 1
+        assert said(capsys) == (
+            f"{adapters[0]}: adapts {name}, {other} does not; make a model of each (output: model),"
+            " and merge models"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("lm_head.weight", "; save both with the same tie_word_embeddings"), ("extra", "")],
+)
+def test_of_models_of_which_one_has_a_tensor_more_it_is_said_which(
+    name: str, remedy: str, models: list[Path], tmp_path: Path, call: Call, capsys: Any
+) -> None:
+    more = broken(models[0], tmp_path / "more", {})
+    state = load_file(more / "model.safetensors") | {name: torch.ones(2)}
+    save_file(state, more / "model.safetensors", metadata={"format": "pt"})
+    for listed in ([models[1], more], [more, models[1]]):
+        assert call(**LINEAR, models=listed) == 1
+        assert said(capsys) == f"{more}: has {name}, {models[1]} has not{remedy}"
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,14 @@ def test_t_beside_a_model_of_weight_0_is_refused_and_not_ignored(
     assert ": parameters.t: is for slerp between two models; give weight" in said(capsys)
 
 
+@pytest.mark.parametrize("parameters", [{"t": 0.3}, {"weight": 1}, {}])
+def test_slerp_of_more_than_two_is_told_at_once_what_merges_them(
+    parameters: dict[str, float], adapters: list[Path], call: Call, capsys: Any
+) -> None:
+    assert call(merge_method="slerp", models=adapters, parameters=parameters) == 2
+    assert said(capsys).endswith(": merge_method=slerp: merges two models, not 3; take karcher")
+
+
 def test_a_model_of_weight_0_is_left_out_and_the_report_says_so(
     adapters: list[Path], tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
