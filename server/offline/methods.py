@@ -7,6 +7,7 @@ Where ours computes something else than mergekit 0.1.5, ``differs`` says so, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -140,6 +141,17 @@ _ELSEWHERE = {  # methods of mergekit that are not here
     "nearswap": "slerp is nearest to it",
     "arcee_fusion": "ties is nearest to it",
 }
+_OURS = {  # what others call methods that are here, without case, "-" and "_"
+    **dict.fromkeys(("flora", "fedex", "fedexlora", "cat"), "product_mean"),
+    **dict.fromkeys(("flexlora", "svd"), "product_mean (with parameters.rank)"),
+    "fedit": "fedavg",
+    "ffalora": "ffa",
+    "multikrum": "krum (parameters.chosen says how many)",
+    "corespace": "core_ties",
+    "tsv": "tsv_m",
+    "isoc": "iso_c",
+    "normclipping": "norm_bound",
+}
 
 
 def method(name: str) -> Method:
@@ -154,5 +166,8 @@ def method(name: str) -> Method:
     declared = {name: kind.declared for name, kind in strategies().items()}
     ours = {name for name, what in declared.items() if not (what.statistics or what.noise)}
     known = ", ".join(sorted({*MERGEKIT, *ours}))
+    here = _OURS.get(re.sub("[-_]", "", name.lower()))
+    if here is not None:
+        raise ConfigError(f"merge_method={name}: is {here} here; choose one of {known}")
     hint = f" is not supported ({_ELSEWHERE[name]})" if name in _ELSEWHERE else ""
     raise ConfigError(f"merge_method={name}{hint}: choose one of {known}")

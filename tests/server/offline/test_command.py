@@ -65,6 +65,20 @@ def broken(folder: Path, target: Path, change: dict[str, Any]) -> Path:
             "merge_method=lines: fisher needs statistics of notes, which only rounds have",
         ),
         ({"merge_method": "sce"}, "merge_method=sce is not supported (ties is nearest to it): cho"),
+        ({"merge_method": "flora"}, "merge_method=flora: is product_mean here; choose one of b"),
+        (
+            {"merge_method": "FedEx-LoRA"},
+            "merge_method=FedEx-LoRA: is product_mean here; choose",
+        ),
+        (
+            {"merge_method": "flexlora"},
+            "merge_method=flexlora: is product_mean (with parameters.rank) here; choose one",
+        ),
+        (
+            {"merge_method": "multi_krum"},
+            "merge_method=multi_krum: is krum (parameters.chosen says how many) here; choose",
+        ),
+        ({"merge_method": "core_space"}, "merge_method=core_space: is core_ties here; choose"),
         (LINEAR | {"slices": []}, "slices is not supported: layers cannot be taken from"),
         (LINEAR | {"modles": []}, "unknown key modles; there are: merge_method, models, "),
         (LINEAR | {"dtype": "int8"}, "dtype=int8: input should be 'float32', 'float16' or "),
