@@ -30,6 +30,7 @@ from strategies.merging import Exact, Merge, merge
 from strategies.registry import create, innermost, require_adapters_suffice
 
 _BASE = "base"
+_FAR_FROM_SLERP = 0.05  # of the update: worth a word
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,16 @@ def run(command: ExpertsCommand, console: Console) -> Merge:
     record = _report(command, base, chosen, found, merged, rows)
     write_atomically(command.out / "report.json", json.dumps(record, indent=2) + "\n")
     console.print(outcome_table("score: minus bits per character", rows, _BASE))
+    apart = {name: arc["departure"] for name, arc in record["slerp"].items() if arc}
+    furthest_off = max(apart, key=lambda name: apart[name], default=None)
+    if furthest_off is not None and apart[furthest_off] > _FAR_FROM_SLERP:
+        console.print(
+            f"SLERP of full weights would be {apart[furthest_off]:.0%} of the update away from "
+            f"what was done ({furthest_off}, its worst layer; slerp in report.json)",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
     if not command.test:
         console.print("on the texts that were chosen by: better than on new ones; give test=[...]")
     console.print(

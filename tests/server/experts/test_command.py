@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -241,6 +242,26 @@ def test_the_report_has_the_departure_from_slerp_of_each_expert_as_it_was(
         expert = Adapter.load(folder)
         arc = furthest(weights_under(base, expert), expert, 0.25)
         assert found == pytest.approx({"angle": arc.angle, "departure": arc.departure})
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_where_slerp_would_have_given_something_else_the_console_says_how_far_off(
+    size: float, make: Make, tmp_path: Path, random_adapter: Callable[..., Adapter]
+) -> None:
+    folder = random_adapter(1, size=size).save(tmp_path / "icu")
+    console = Console(file=io.StringIO(), width=40)
+    options = ("search.evaluations=1", "proportions=[0.25]", "model.precision=float32")
+    run(make(*options, f"experts=[{folder}]"), console)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    departure = report["slerp"]["icu"]["departure"]
+    assert (departure > 0.05) == (size == 1.0)
+    said = (
+        f"SLERP of full weights would be {departure:.0%} of the update away from what was done "
+        "(icu, its worst layer; slerp in report.json)"
+    )
+    assert isinstance(console.file, io.StringIO)
+    assert (said in console.file.getvalue().splitlines()) == (departure > 0.05)
+    assert ("SLERP" in console.file.getvalue()) == (departure > 0.05)
 
 
 def test_what_cannot_be_merged_is_said_in_one_line(
