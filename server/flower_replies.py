@@ -19,7 +19,6 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterSpec
 from server.acceptance import LeftOut, impossibly_large
 from strategies.base import Strategy
-from strategies.hetlora import HetLoRA
 from strategies.registry import innermost
 
 EQUAL = "wardround-equal-weight"  # stands for the key of weights where hospitals count equally
@@ -126,8 +125,7 @@ def _accepted(content: RecordDict, sent: Sent, strategy: Strategy) -> Adapter:
         raise Unusable("factors of another shape")
     rank, own = adapter.spec.rank, sent.adapter.spec.rank
     most = max(own, min(min(layer.shape) for layer in expected.values()))
-    # HetLoRA pads; all others that act on factors need them of one shape.
-    one_rank = strategy.declared.space == "factors" and not isinstance(strategy, HetLoRA)
+    one_rank = strategy.declared.space == "factors" and not strategy.declared.ranks
     if rank != own and (one_rank or not 1 <= rank <= most):
         raise Unusable(f"factors of rank {rank}, not {own if one_rank else f'1 to {most}'}")
     if not adapter.is_finite():

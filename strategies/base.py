@@ -37,6 +37,7 @@ class Declaration:
     ``exact``: the result is the weighted mean of the products, wherever it fits into the rank.
     ``sums``: it needs only weighted sums over hospitals of the factors that travel, so it works
     under secure aggregation. Products are no such sums.
+    ``ranks``: factors that it works on may be of different ranks, as products may anyway.
     ``streams``: its memory does not grow with the number of hospitals, whose adapters it takes one
     at a time.
     ``keeps``: what of one hospital, of equal hospitals, of a common scale comes out unchanged:
@@ -53,6 +54,7 @@ class Declaration:
     paper: str
     exact: bool = False
     sums: bool = False
+    ranks: bool = False
     streams: bool = False
     keeps: frozenset[str] = frozenset({"one", "equal", "scale", "gauge"})
     trains: tuple[TrainedFactors, ...] = EVERY_PART

@@ -32,6 +32,7 @@ class HetLoRA(Streaming):
     declared: ClassVar = Declaration(
         space="factors",
         paper="arXiv 2401.06432",
+        ranks=True,
         streams=True,
         keeps=frozenset({"one", "equal", "scale"}),
         trains=(*EVERY_PART, "core"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from server.flower_strategy import MergeStrategy
+from strategies.hetlora import HetLoRA
 from tests.server.test_flower_strategy import (
     Change,
     arrays_of,
@@ -120,6 +122,19 @@ def test_another_rank_is_no_fault_where_factors_are_padded(local_grid: Grids) ->
     strategy = only_train("hetlora")
     assert start(strategy, local_grid(hospitals() | {13: partial(hospital, 3, rank=3)})).arrays
     assert strategy.left_out == {1: {}}
+
+
+@pytest.mark.parametrize("ranks", [True, False])
+def test_a_strategy_of_another_package_says_itself_whether_it_pads_factors(
+    ranks: bool, local_grid: Grids
+) -> None:
+    class Padding(HetLoRA):
+        name: ClassVar[str] = "padding"
+        declared: ClassVar = replace(HetLoRA.declared, ranks=ranks)
+
+    strategy = MergeStrategy(Padding(), fraction_evaluate=0.0)
+    start(strategy, local_grid(hospitals() | {13: partial(hospital, 3, rank=3)}))
+    assert strategy.left_out == {1: {} if ranks else {13: "factors of rank 3, not 2"}}
 
 
 @pytest.mark.parametrize("name", ["ffa", "fedsvd", "rolora"])
