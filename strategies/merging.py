@@ -88,14 +88,14 @@ def merge(
     spec = figures.first
     if isinstance(rank, int):
         spec = replace(spec, rank=rank, alpha=float(rank))
-    layers, kept, ranks, squared = {}, {}, [1], 0.0
+    layers, kept, exact_rank, squared = {}, {}, 0, 0.0
     for name in list(combined):
         update = combined.pop(name)  # a dense one takes much memory
         if isinstance(rank, Exact):
-            cut, own = _without_rounding(update, rank.most)
-            ranks.append(own)
+            cut = _without_rounding(update, rank.most)
         else:
             cut = _of_rank(update, spec, orthonormal)
+        exact_rank = max(exact_rank, cut.exact_rank)
         before, after = cut.before, cut.after
         if changes is not None:
             before, after = changes.distance(name, update), changes.distance(name, cut.factors)
@@ -105,9 +105,8 @@ def merge(
         squared += after**2
         if exact:
             figures.compare(name, update, cut.before, before)
-    exact_rank = None
     if isinstance(rank, Exact):
-        exact_rank, widest = max(ranks), max(layer.rank for layer in layers.values())
+        widest = max(layer.rank for layer in layers.values())
         spec = replace(spec, rank=widest, alpha=float(widest))
         layers = {name: _filled_up(layer, widest) for name, layer in layers.items()}
     merged = Adapter.from_deltas(layers, spec, dtype)
@@ -125,7 +124,7 @@ def merge(
         figures.mean_cosine,
         math.sqrt(squared) / size if size else 1.0,
         kept,
-        exact_rank,
+        exact_rank or None,
     )
 
 
@@ -141,10 +140,8 @@ def _combined(
         changes = None
     acted_on = adapters
     if changes is not None:
-        acted_on, draw = (
-            changes.in_columns() if strategy.on_factors else changes,
-            changes.draw(draw),
-        )
+        acted_on = changes.in_columns() if strategy.on_factors else changes
+        draw = changes.draw(draw)
     found = dict(strategy.combine(acted_on, weights, draw))
     _require_whole(strategy, found, shapes)
     return found if changes is None else changes.added(found)
@@ -153,7 +150,10 @@ def _combined(
 def _require_whole(
     strategy: Strategy, combined: Updates, shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Return when a strategy, which may be another package's, gave every layer in its shape."""
+    """Return when a strategy, which may be another package's, gave every layer in its shape.
+
+    Raises MergeError, also on NaN or infinity.
+    """
     found = {name: tuple(update.shape) for name, update in combined.items()}
     for name in sorted(found.keys() | shapes.keys()):
         if found.get(name) != shapes.get(name):
@@ -161,6 +161,9 @@ def _require_whole(
                 f"{strategy.name} gave {found.get(name, 'nothing')} for {name}, where the adapters "
                 f"have {shapes.get(name, 'nothing')}; tell who wrote that strategy"
             )
+        update = combined[name]
+        if not (update if isinstance(update, LowRank) else Dense(update)).is_finite():
+            raise MergeError(f"{strategy.name} gave NaN or infinity for {name}")
 
 
 def _exact_means(adapters: Sequence[Adapter], weights: Sequence[float]) -> Updates:
@@ -177,6 +180,7 @@ class _Cut:
     factors: LowRank
     before: float
     lost: float
+    exact_rank: int = 0  # that which loses nothing, where it is known
 
     @property
     def after(self) -> float:
@@ -194,16 +198,13 @@ def _of_rank(update: Update, spec: AdapterSpec, orthonormal: Literal["A", "B"]) 
     return _Cut(found, float(parts.S.norm()), float(parts.S[spec.rank :].norm()))
 
 
-def _without_rounding(update: Update, most: int | None) -> tuple[_Cut, int]:
-    """Factors of the least rank that keeps every singular value above rounding; and that rank.
-
-    With ``most`` of no higher rank than that.
-    """
+def _without_rounding(update: Update, most: int | None) -> _Cut:
+    """Factors of the least rank that keeps every singular value above rounding, or of ``most``."""
     parts = svd(update if isinstance(update, LowRank) else Dense(update))
     exact = max(1, int((_ROUNDING * parts.S.max() < parts.S).sum()))
     own = exact if most is None else min(exact, most)
-    cut = _Cut(parts.truncate(own), float(parts.S.norm()), float(parts.S[own:exact].norm()))
-    return cut, exact
+    lost = float(parts.S[own:exact].norm())
+    return _Cut(parts.truncate(own), float(parts.S.norm()), lost, exact)
 
 
 def _filled_up(layer: LowRank, rank: int) -> LowRank:

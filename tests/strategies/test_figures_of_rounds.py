@@ -106,6 +106,8 @@ class Odd(Strategy):
             found["more"] = found[first]
         elif self.what == "turned":
             found = {n: x.T for n, x in found.items()}
+        elif self.what == "no number":
+            found[first][0, 0] = torch.nan
         return found
 
 
@@ -124,6 +126,13 @@ def test_a_strategy_that_gives_other_layers_or_shapes_is_named(what: str, in_a_r
     origin, sent = after_many_rounds(True)
     with pytest.raises(MergeError, match=r"^odd gave .* for .*, where the adapters have"):
         merge(Odd(what=what), sent, equal_weights(sent), origin=origin if in_a_round else None)
+
+
+@pytest.mark.parametrize("rank", [None, Exact()])
+def test_a_strategy_that_gives_no_number_is_named_with_the_layer(rank: Exact | None) -> None:
+    _, sent = after_many_rounds(True)
+    with pytest.raises(MergeError, match=r"^odd gave NaN or infinity for \S+$"):
+        merge(Odd(what="no number"), sent, equal_weights(sent), rank=rank)
 
 
 def test_exact_with_a_limit_is_the_best_approximation_and_tells_the_rank_that_loses_nothing() -> (
