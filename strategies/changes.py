@@ -11,7 +11,7 @@ nothing once the adapter is longer than any step. Means are the same either way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Literal, overload
@@ -21,7 +21,7 @@ import torch
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import Dense, LowRank, stack
 from strategies.base import Draw, Noise
-from strategies.sums import ProductSum, Update, Updates, norm, squared_distance
+from strategies.sums import ProductSum, Update, norm, squared_distance
 
 
 class Changes(Sequence[Adapter]):
@@ -62,12 +62,8 @@ class Changes(Sequence[Adapter]):
             return draw
         return replace(draw, noise=Noise(self.of(draw.noise.start), draw.noise.stds))
 
-    def added(self, merged: Mapping[str, Update]) -> Updates:
-        """``merged`` changes and ``origin`` together, by layer."""
-        return {name: self.whole(name, update) for name, update in merged.items()}
-
     def whole(self, layer: str, change: Update) -> Update:
-        """``change`` of one layer and ``origin`` together."""
+        """A merged ``change`` of one layer and ``origin`` together."""
         total = ProductSum()
         total.add(change if isinstance(change, LowRank) else Dense(change), 1.0)
         total.add(self._before(layer), 1.0)

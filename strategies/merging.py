@@ -144,7 +144,9 @@ def _combined(
         draw = changes.draw(draw)
     found = dict(strategy.combine(acted_on, weights, draw))
     _require_whole(strategy, found, shapes)
-    return found if changes is None else changes.added(found)
+    if changes is None:
+        return found
+    return {name: changes.whole(name, found.pop(name)) for name in list(found)}  # much memory
 
 
 def _require_whole(

@@ -29,7 +29,10 @@ ALL = [name for names in BY_USER.values() for name in names]
 
 
 def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
-    """``wardround`` as a person starts it: in a process group of its own."""
+    """``wardround`` as a person starts it: in a process group of its own, which hears Ctrl-C.
+
+    What a shell has put into the background ignores it, and so does what that starts.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "wardround", *arguments],
         stdout=subprocess.PIPE,
@@ -37,6 +40,7 @@ def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
         text=True,
         cwd=cwd,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
