@@ -21,20 +21,26 @@ import torch
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import Dense, LowRank, stack
 from strategies.base import Draw, Noise
-from strategies.sums import ProductSum, Update, norm, squared_distance
+from strategies.sums import MergeError, ProductSum, Update, norm, squared_distance
 
 
 class Changes(Sequence[Adapter]):
     """``adapters`` less ``origin``, one at a time; as many are in memory as are asked for.
 
     Where all share a factor with ``origin`` a change has their rank, else the sum of both ranks.
-    Who has learned nothing has changed exactly nothing.
+    Who has learned nothing has changed exactly nothing. Raises MergeError when one has other layers
+    or shapes than ``origin``.
     """
 
     def __init__(self, adapters: Sequence[Adapter], origin: Adapter) -> None:
         self._adapters, self._origin, self._in_columns = adapters, origin, False
         shared = {"A", "B"}
+        shapes = {name: layer.shape for name, layer in origin.layers.items()}
         for adapter in adapters:
+            if {name: layer.shape for name, layer in adapter.layers.items()} != shapes:
+                raise MergeError(
+                    "adapters differ in layers or shapes from what the round began with"
+                )
             shared = {factor for factor in shared if _shares(adapter, origin, factor)}
         self._shared = min(shared, default=None)
 

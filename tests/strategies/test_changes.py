@@ -10,7 +10,7 @@ import torch
 
 from adapters.adapter import Adapter, AdapterSpec
 from adapters.lowrank import LowRank
-from strategies.base import Draw, Noise
+from strategies.base import Draw, MergeError, Noise
 from strategies.changes import Changes
 from strategies.merging import merge
 from strategies.registry import create
@@ -175,3 +175,16 @@ def test_who_learned_nothing_has_changed_nothing_at_all() -> None:
         changes = Changes([origin, *moved(origin, 2, False)], origin)
         assert [layer.norm() for layer in changes[0].layers.values()] == [0.0, 0.0]
         assert all(layer.norm() > 0 for layer in changes[1].layers.values())
+
+
+@pytest.mark.parametrize("name", ["product_mean", "median", "fedavg"])
+def test_other_layers_than_the_round_began_with_are_refused(name: str) -> None:
+    origin = origin_of(name, False)
+    sent = moved(origin, 5, False)
+    fewer = replace(sent[2], layers=dict(list(sent[2].layers.items())[1:]))
+    for wrong in (
+        fewer,
+        replace(sent[2], layers={**sent[2].layers, "x": sent[2].layers["layers.0.q"]}),
+    ):
+        with pytest.raises(MergeError, match="from what the round began with"):
+            merge(strategy(name), [*sent[:2], wrong, *sent[3:]], equal_weights(sent), origin=origin)
