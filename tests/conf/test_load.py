@@ -209,9 +209,10 @@ def test_an_unknown_key_is_named_with_the_known_ones(
 @pytest.mark.parametrize("group", groups())
 def test_an_unknown_choice_is_named_with_the_choices(group: str) -> None:
     choices = ", ".join(groups()[group])
-    assert complaint("simulate", f"{group}=typo").startswith(
-        f"{group}=typo: choose one of {choices}"
-    )
+    said = f"{group}=typo: choose one of {choices}"
+    if group == "strategy":
+        said += "; one of an installed package is chosen by strategy.name=typo"
+    assert complaint("simulate", f"{group}=typo") == said
     assert complaint("simulate", f"{group}=null").startswith(f"{group}=null: choose one of")
     assert complaint("simulate", f"{group}={{}}").startswith(f"{group}={{}}: choose one of")
 
