@@ -146,7 +146,8 @@ def _combined(
     _require_whole(strategy, found, shapes)
     if changes is None:
         return found
-    return {name: changes.whole(name, found.pop(name)) for name in list(found)}  # much memory
+    # One is given away before the next is made: dense ones take much memory.
+    return {name: changes.whole(name, found.pop(name)) for name in list(found)}
 
 
 def _require_whole(
@@ -156,7 +157,10 @@ def _require_whole(
 
     Raises MergeError, also on NaN or infinity.
     """
-    found = {name: tuple(update.shape) for name, update in combined.items()}
+    found = {
+        name: tuple(update.shape) if isinstance(update, LowRank | Tensor) else type(update).__name__
+        for name, update in combined.items()
+    }
     for name in sorted(found.keys() | shapes.keys()):
         if found.get(name) != shapes.get(name):
             raise MergeError(

@@ -106,6 +106,8 @@ class Odd(Strategy):
             found["more"] = found[first]
         elif self.what == "turned":
             found = {n: x.T for n, x in found.items()}
+        elif self.what == "arrays":
+            return {n: x.numpy() for n, x in found.items()}  # type: ignore[misc]
         elif self.what == "no number":
             found[first][0, 0] = torch.nan
         return found
@@ -120,7 +122,7 @@ def test_a_round_that_merges_nothing_says_so() -> None:
     assert (nobody.norm_ratio, nobody.mean_cosine) == (1, None)
 
 
-@pytest.mark.parametrize("what", ["too few", "too many", "turned"])
+@pytest.mark.parametrize("what", ["too few", "too many", "turned", "arrays"])
 @pytest.mark.parametrize("in_a_round", [True, False])
 def test_a_strategy_that_gives_other_layers_or_shapes_is_named(what: str, in_a_round: bool) -> None:
     origin, sent = after_many_rounds(True)
